@@ -1,0 +1,577 @@
+"""The plumbing every stage shares: errors, process group, random draws, image folders, checkpoints, run log, pictures.
+
+Randomness: every draw is a pure function of (seed, name of the draw, position of the sample in the run's endless
+stream of samples), computed on the device it is needed on. Nothing depends on the number of processes, the batch
+split, or on what was drawn before; hence there is no generator state to save.
+"""
+import contextlib
+import ctypes
+import glob
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image
+from tqdm import tqdm
+
+from models import UserError
+
+
+def run(main):
+    """Calls a script's main(); a UserError becomes one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)      # other ranks may wait in a collective: do not join
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Process group, device, precision
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words):
+    """print, on the first process only."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def setup(device=None):
+    """Joins the process group torchrun describes (a world of one without it) -> torch.device of this process."""
+    with contextlib.suppress(OSError, AttributeError):      # glibc only: keep big tensors' pages between steps, see
+        libc = ctypes.CDLL(None)                            # mallopt(3): M_MMAP_MAX = 0, M_TRIM_THRESHOLD, M_TOP_PAD
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-2, 64 * 2 ** 20)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; "
+                            "lower --nproc_per_node or pass --device cpu")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def resolve_precision(precision, device):
+    """'auto' -> bf16 where the hardware multiplies bf16 matrices (a GPU, a CPU with AMX or AVX512-BF16), else fp32:
+    without such units oneDNN emulates bf16, hundreds of times slower than fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def add_run_arguments(parser):
+    """The flags that mean the same in every stage."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                       help="autocast type; auto: bf16 where the hardware has bf16 matrix products, else fp32")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
+    group.add_argument("--no-compile", dest="compile", action="store_false")
+    group.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    group.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores, up to 8)")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def share_batch(batch_size, accum):
+    """Global batch -> pictures per process and forward pass."""
+    if batch_size % (world() * accum):
+        raise UserError(f"--batch-size {batch_size} is not divisible by {world()} processes x --accum {accum}")
+    return batch_size // (world() * accum)
+
+
+def gather_mean(values):
+    """Mean over the processes of a tensor, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+        values /= world()
+    return values
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes. torch's own takes no CPU tensors, and both must give one curve."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        xf = x.float()
+        n = xf.numel() // xf.shape[1] * world()
+        mean = torch.distributed.nn.functional.all_reduce(xf.sum((0, 2, 3))) / n      # differentiable
+        xf = xf - mean[:, None, None]
+        var = torch.distributed.nn.functional.all_reduce(xf.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        x = xf * torch.rsqrt(var + self.eps)[:, None, None]
+        return x * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else x
+
+
+def sync_batch_norms(module):
+    """Turns every BatchNorm2d of a module that several processes train into a SyncBatchNorm."""
+    if world() > 1:
+        for part in module.modules():
+            if type(part) is nn.BatchNorm2d:
+                part.__class__ = SyncBatchNorm
+    return module
+
+
+def sync_gradients(model, on):
+    """Context of a forward and backward pass: gradients are averaged over the processes only when `on`."""
+    return contextlib.nullcontext() if on or world() == 1 else model.no_sync()
+
+
+def guarded_step(optimizer, params, limit, step, bad_step):
+    """Clips the gradient norm, steps and clears -> the norm before clipping (a tensor; nothing waits for the device).
+    A step whose norm is not finite leaves the weights alone; `bad_step`, a tensor, then becomes its number."""
+    total = nn.utils.clip_grad_norm_(params, limit)
+    finite = torch.isfinite(total)
+    bad_step.copy_(torch.where(finite | (bad_step >= 0), bad_step, step))
+    optimizer.found_inf = (~finite).float()                 # read by the fused kernels, as torch.amp.GradScaler sets it
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def stop_if_bad(bad_step, names, values, folder):
+    """Raises if a step was not finite, naming it, the terms that were not, and the last good checkpoint."""
+    if bad_step.item() >= 0:
+        terms = [name for name, value in zip(names, values.tolist()) if not np.isfinite(value)]
+        raise UserError(f"step {int(bad_step.item())} was not finite ({', '.join(terms)}) and did not enter the weights; the "
+                        f"last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; lower --lr, or try "
+                        "--precision fp32")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random draws: SplitMix64 (Steele et al. 2014) as a counter-based generator on int64 tensors
+
+def _mix(x):
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None)):
+        x = x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))                  # >> on int64 is arithmetic: mask the sign
+        x = x if factor is None else x * factor
+    return x
+
+
+def random_bits(seed, name, ids, n):
+    """64 random bits as int64 (B,n) for sample ids (B,), a function of (seed, name, id, column)."""
+    golden = -0x61C8864680B583EB                                            # 2^64 / golden ratio, odd
+    start = (seed * 0x10001 + zlib.crc32(name.encode())) % 2 ** 62
+    key = _mix(_mix(ids.long() * golden + start) + zlib.crc32(name.encode()))
+    return _mix(key[:, None] + golden * torch.arange(1, n + 1, device=ids.device))
+
+
+def uniform(seed, name, ids):
+    """(B,) uniform in (0,1), 24 bits."""
+    return ((random_bits(seed, name, ids, 1)[:, 0] >> 40 & 0xFFFFFF).float() + 0.5) / 2 ** 24
+
+
+def normal(seed, name, ids, shape):
+    """(B,*shape) standard normal, float32, by Box and Muller's transform."""
+    count = int(np.prod(shape))
+    bits = random_bits(seed, name, ids, (count + 1) // 2)
+    radius = (-2 * (((bits >> 32 & 0xFFFFFFFF).float() + 0.5) / 2 ** 32).clamp(max=1 - 2 ** -24).log()).sqrt()
+    angle = (bits & 0xFFFFFFFF).float() * (2 * np.pi / 2 ** 32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count].view(len(ids), *shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image folders
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+def to_rgb(image):
+    """Any PIL image -> RGB. Alpha is dropped, as ADM's loader does; 16-bit greys are scaled, which PIL would clip."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def adm_crop(image, size):
+    """RGB PIL image -> uint8 (size,size,3): halve with a box filter while the short side is at least 2*size, resize it
+    to size (bicubic), cut the centre. The preprocessing of ADM (Dhariwal and Nichol 2021), hence of every FID."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def load_image(path, size):
+    """File -> uint8 (size,size,3). EXIF rotation is ignored, as ADM does; of an animation the first frame is taken."""
+    try:
+        with Image.open(path) as image:
+            return adm_crop(to_rgb(image), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}") from None
+
+
+def check_picture(path):
+    """Cheap test of one file: its header is read and its end must be there. -> width, height, or what is wrong."""
+    try:
+        with Image.open(path) as image:
+            if image.mode == "F":
+                return "floating-point pixels have no known range"
+            size, kind = image.size, image.format
+        with open(path, "rb") as file:
+            file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
+            tail = file.read()
+        if kind == "JPEG" and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
+            return "it is truncated"
+        return size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return str(error) or type(error).__name__
+
+
+class ImageSet:
+    """A folder of pictures in ImageNet's layout, root/<class>/<picture>, or with all pictures in root (one class).
+
+    names: bytes (N,) relative to root, sorted; labels int64 (N,); classes: list of folder names, sorted; fingerprint:
+    hash of the names and sizes of the files. Listing and checking happen once: the result is kept under runs/cache and
+    used again while no folder's modification time changes."""
+
+    def __init__(self, root):
+        self.root = os.path.abspath(root)
+        if not os.path.isdir(root):
+            raise UserError(f"{root}: no such folder; name one with --data, laid out as <class>/<picture> "
+                            "(`python demo.py` makes a small one under runs/demo)")
+        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+        self.cache = os.path.join("runs", "cache", f"files-{name}.npz")
+        if rank() == 0 and not self.read_cache():
+            self.scan()
+            self.write_cache()
+        barrier()
+        if rank() != 0 and not self.read_cache():
+            self.scan()                                     # the cache could not be written
+        self.root_bytes = os.fsencode(self.root)
+
+    def read_cache(self):
+        try:
+            with np.load(self.cache, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+                if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
+                    return False
+                self.names, self.labels = file["names"], file["labels"]
+        except Exception:                                   # absent, damaged, or of another version: made again
+            return False
+        self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
+        return True
+
+    def write_cache(self):
+        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest)
+        try:
+            with writing(self.cache) as file:
+                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels)
+        except OSError as error:
+            say(f"note: the file list could not be kept in {self.cache} ({error})")
+
+    def scan(self):
+        self.folders, files = {}, []                        # every folder below root -> its modification time
+        for folder, inside, names in os.walk(self.root, followlinks=True, onerror=self.unreadable):
+            inside.sort()
+            relative = os.path.relpath(folder, self.root)
+            self.folders[relative] = os.stat(folder).st_mtime_ns
+            files += [os.path.normpath(os.path.join(relative, f)) for f in names if f.lower().endswith(IMAGE_TYPES)]
+        files.sort()
+        subfolders = sorted(d for d in self.folders if d != "." and os.sep not in d)
+        if not files:
+            raise UserError(f"{self.root} has no pictures ({' '.join(IMAGE_TYPES)})")
+        if set(subfolders) & {"train", "val", "test"} and len(subfolders) <= 3:
+            raise UserError(f"{self.root} holds the folders {', '.join(subfolders)}: name one of them, such as "
+                            f"{os.path.join(self.root, subfolders[-1])}")
+        of = [f.split(os.sep, 1)[0] if os.sep in f else "." for f in files]
+        empty = sorted(set(subfolders) - set(of))
+        if empty:
+            raise UserError(f"{len(empty)} class folder{'s' if empty[1:] else ''} without pictures, the first is "
+                            f"{os.path.join(self.root, empty[0])}; fill or remove it")
+        self.classes = sorted(set(of))
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([index[name] for name in of], dtype=np.int64)
+        self.names = np.array([os.fsencode(f) for f in files])
+        paths = [os.path.join(self.root, f) for f in files]
+        with contextlib.ExitStack() as stack:
+            check = map(check_picture, paths)
+            if len(paths) > 5000:
+                pool = stack.enter_context(ProcessPoolExecutor(min(16, os.cpu_count())))
+                check = pool.map(check_picture, paths, chunksize=500)
+            found = list(tqdm(check, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
+        bad = [(p, why) for p, why in zip(paths, found) if isinstance(why, str)]
+        if bad:
+            raise UserError(f"{len(bad)} picture{'s' if bad[1:] else ''} cannot be read, the first is {bad[0][0]}: "
+                            f"{bad[0][1]}; mend or remove it")
+        self.smallest = min(min(size) for size in found)
+        lines = [f"{f} {os.path.getsize(p)}" for f, p in zip(files, paths)]
+        self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def unreadable(self, error):
+        raise UserError(f"cannot list {error.filename}: {error.strerror}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def load(self, i, size):
+        return load_image(os.path.join(self.root_bytes, self.names[i]), size)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item k is what this process sees in step k of the run: positions in the endless stream of samples, and the
+    pictures there. Position p is picture order(p // N)[p % N] of its epoch; a batch may span two epochs.
+
+    Item: dict(position, index, flip, label: int64 (b,), image: uint8 (b,3,size,size) if `size`, and the arrays that
+    `extra(index, flip)` adds), or a UserError, which `batches` raises in the main process."""
+
+    def __init__(self, data, batch_size, seed, size=None, flip=True, extra=None):
+        self.data, self.batch_size, self.seed, self.size, self.flip, self.extra = data, batch_size, seed, size, flip, extra
+        self.rank, self.world = rank(), world()
+        self.epoch = self.order = None
+
+    def __getitem__(self, step):
+        share = self.batch_size // self.world
+        position = step * self.batch_size + self.rank * share + np.arange(share)
+        index = np.empty(share, dtype=np.int64)
+        for epoch in np.unique(position // len(self.data)):
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.order = np.random.default_rng([self.seed, int(epoch)]).permutation(len(self.data))
+            here = position // len(self.data) == epoch
+            index[here] = self.order[position[here] % len(self.data)]
+        position = torch.from_numpy(position)
+        flip = (uniform(self.seed, "flip", position) < 0.5) & self.flip
+        batch = dict(position=position, index=torch.from_numpy(index), flip=flip,
+                     label=torch.from_numpy(self.data.labels[index]))
+        try:
+            if self.size:
+                pictures = np.stack([self.data.load(i, self.size) for i in index])          # (b,S,S,3)
+                pictures[flip.numpy()] = pictures[flip.numpy()][:, :, ::-1]
+                batch["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            if self.extra:
+                batch.update(self.extra(index, flip.numpy()))
+        except UserError as error:
+            return error
+        return batch
+
+
+def loader_workers(workers):
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return workers
+
+
+def batches(dataset, items, workers, device):
+    """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
+    workers = loader_workers(workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
+                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def layout(device):
+    """Memory format of convolutions. On a CPU in fp32 channels_last was 15 to 25% slower (2 AVX2 cores, f4d16 VAE)."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def from_uint8(x):
+    """uint8 (B,3,H,W) 0..255 -> float32 in [-1,1]."""
+    return x.float().div(127.5).sub(1).contiguous(memory_format=layout(x.device))
+
+
+def to_uint8(x):
+    """Float in [-1,1] -> uint8 0..255, rounded."""
+    return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: written beside their name, flushed, renamed. A reader never sees half a file
+
+@contextlib.contextmanager
+def writing(path):
+    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def save_weights(path, kind, state, config, info):
+    """Tensors and what is needed to build and judge them -> a .safetensors file that models.load_<kind> opens."""
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    metadata = dict(format="pt", kind=kind, config=json.dumps(config), info=json.dumps(info))
+    with writing(path) as file:
+        file.write(save(state, metadata))
+
+
+def save_checkpoint(folder, step, state, keep=2):
+    """The whole training state -> folder/checkpoints/<step>.pt; the newest `keep` are kept."""
+    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
+        torch.save(state, file)
+    for old in list_checkpoints(folder)[:-keep]:
+        os.remove(old)
+
+
+def list_checkpoints(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoints", "*.pt")))
+
+
+def load_checkpoint(folder, device):
+    """The newest readable checkpoint -> its state, or None where there is none. Damaged ones are named and passed by."""
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            say(f"warning: {path} is damaged ({type(error).__name__}), using the one before it")
+    if paths:
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be read; start anew with --overwrite")
+    return None
+
+
+def compare_flags(saved, args, free, folder):
+    """Refuses to resume with other settings than the run began with, except for the flags named in `free`."""
+    differ = [f"--{k.replace('_', '-')} was {saved[k]} and is now {v}" for k, v in vars(args).items()
+              if k not in free and k in saved and saved[k] != v]
+    if differ:
+        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
+                        "another --out, or --overwrite to begin anew")
+
+
+def newest(name, what, command):
+    """The newest runs/**/<name> by modification time, said aloud; or an error that tells how to make one."""
+    found = glob.glob(os.path.join("runs", "**", name), recursive=True)
+    if not found:
+        raise UserError(f"no {what} under runs/; make one with `{command}`, or a small one with `python demo.py`")
+    path = max(found, key=os.path.getmtime)
+    say(f"using the newest {what}: {path}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folder: config.json, metrics.jsonl, samples/*.png
+
+def provenance():
+    """What made this result: commit, versions, device."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return dict(commit=git("rev-parse", "HEAD") or None, dirty=bool(git("status", "--porcelain", "-uno")),
+                python=sys.version.split()[0], torch=torch.__version__, device=device, processes=world(),
+                date=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def write_json(path, value):
+    with writing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+class RunLog:
+    """Progress bar and metrics.jsonl of a training run, on the first process; silent on the others.
+
+    log(step, values) appends one line; lines after `start`, left by a run that was killed, are dropped."""
+
+    def __init__(self, folder, args, start, total, steps_per_epoch):
+        self.folder, self.steps_per_epoch, self.main = folder, steps_per_epoch, rank() == 0
+        self.last_time, self.last_step = time.time(), start
+        if self.main:
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, "metrics.jsonl")
+            lines = []
+            if start and os.path.exists(path):
+                with open(path) as file:
+                    lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
+            with writing(path) as file:
+                file.write("".join(lines).encode())
+            self.file = open(path, "a")
+            write_json(os.path.join(folder, "config.json"), dict(arguments=vars(args), provenance=provenance()))
+        self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
+                        mininterval=0.5 if sys.stderr.isatty() else 20)
+
+    def log(self, step, values, batch_size):
+        now = time.time()
+        rate = (step - self.last_step) * batch_size / max(now - self.last_time, 1e-9)
+        self.last_time, self.last_step = now, step
+        if self.main:
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+            line = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2))
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def note(self, step, values):
+        """A line of measurements other than the losses."""
+        if self.main:
+            self.file.write(json.dumps(dict(step=step, **values)) + "\n")
+            self.file.flush()
+
+
+def ema_update(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model for the parameters, a copy for the buffers; two modules of one shape."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers()):
+        a.copy_(b)
+
+
+def save_grid(path, rows):
+    """Rows of pictures, each uint8 (n,3,H,W) -> one PNG. Pictures under 64 pixels are enlarged, sharp."""
+    rows = [row.cpu().numpy().transpose(0, 2, 3, 1) for row in rows]
+    gap, columns = 2, max(len(row) for row in rows)
+    height, width = rows[0].shape[1:3]
+    canvas = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            y, x = gap + i * (height + gap), gap + j * (width + gap)
+            canvas[y:y + height, x:x + width] = picture
+    image = Image.fromarray(canvas)
+    if height < 64:
+        image = image.resize((image.width * (128 // height), image.height * (128 // height)), Image.NEAREST)
+    with writing(path) as file:
+        image.save(file, "PNG")

@@ -1,0 +1,700 @@
+"""Every network of Send-VAE, and nothing else: VAE, Mapper, SiT, VFM (frozen), LPIPS, PatchDiscriminator.
+
+Conventions, here and in every other file:
+    images   float (B,3,H,W), RGB, in [-1,1]
+    latents  z (B,C,h,w) in raw VAE units; `vae.normalize(z)` is what a diffusion model sees
+    time     t (B,), 0 is data and 1 is noise: x_t = (1-t) x + t eps, velocity v = eps - x
+    tokens   (B,N,D), row by row over a square grid
+Letters in shape comments: B pictures, C latent channels, h and w latent height and width, N tokens, D token width,
+H heads, d width of a head.
+"""
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(ValueError):
+    """What a user did or can mend, in one sentence. The scripts print it and exit with code 2, without a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+def sincos_positions(dim, grid):
+    """Fixed 2-D sine-cosine positions of MAE, as DiT and SiT use them: -> (1, grid*grid, dim), the first half for the
+    column, the second for the row, each sin then cos over dim/4 frequencies 1/10000^(k/(dim/4))."""
+    if dim % 4:
+        raise UserError(f"token width {dim} is not divisible by 4, which the 2-D sine-cosine positions need")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                # (grid, dim/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                             # (grid, dim/2)
+    column = axis[None, :, :].expand(grid, -1, -1)
+    row = axis[:, None, :].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(1, grid * grid, dim).float()
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v over (B,H,N,d)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def maybe_checkpoint(on, function, *inputs):
+    """`function(*inputs)`, its activations recomputed in the backward pass when `on`."""
+    if on and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B,N,D) -> (B,N,D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"token width {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # each (B,H,N,d)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, approximate):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU(approximate=approximate)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def projector(dim, out, width=2048):
+    """The three-layer MLP that REPA and Send-VAE put before the cosine: dim -> width -> width -> out, SiLU."""
+    return nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VAE: the AutoencoderKL of latent diffusion (Rombach et al. 2022), under its parameter names
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """One head over all positions of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))     # (B,1,hw,C)
+        y = attention(q, k, v)[:, 0].transpose(1, 2).reshape(B, C, h, w)
+        return x + self.proj_out(y)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))        # LDM pads on the right and at the bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(channels):
+    return nn.ModuleDict(dict(block_1=ResnetBlock(channels, channels), attn_1=AttnBlock(channels),
+                              block_2=ResnetBlock(channels, channels)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels):
+        super().__init__()
+        self.grad_checkpoint = False
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
+            for _ in range(num_res_blocks):
+                level["block"].append(ResnetBlock(width, ch * mult))
+                width = ch * mult
+                if i in attn_levels:
+                    level["attn"].append(AttnBlock(width))
+            if i < len(ch_mult) - 1:
+                level["downsample"] = Downsample(width)
+            self.down.append(level)
+        self.mid = middle(width)
+        self.norm_out = norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            for j, block in enumerate(level["block"]):
+                x = maybe_checkpoint(self.grad_checkpoint, block, x)
+                if len(level["attn"]):
+                    x = maybe_checkpoint(self.grad_checkpoint, level["attn"][j], x)
+            if "downsample" in level:
+                x = level["downsample"](x)
+        for block in self.mid.values():
+            x = maybe_checkpoint(self.grad_checkpoint, block, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels):
+        super().__init__()
+        self.grad_checkpoint = False
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.mid = middle(width)
+        self.up = nn.ModuleList()                       # indexed by level as in LDM: the last one is run first
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
+            for _ in range(num_res_blocks + 1):
+                level["block"].append(ResnetBlock(width, ch * mult))
+                width = ch * mult
+                if i in attn_levels:
+                    level["attn"].append(AttnBlock(width))
+            if i > 0:
+                level["upsample"] = Upsample(width)
+            self.up.insert(0, level)
+        self.norm_out = norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for block in self.mid.values():
+            x = maybe_checkpoint(self.grad_checkpoint, block, x)
+        for level in reversed(self.up):
+            for j, block in enumerate(level["block"]):
+                x = maybe_checkpoint(self.grad_checkpoint, block, x)
+                if len(level["attn"]):
+                    x = maybe_checkpoint(self.grad_checkpoint, level["attn"][j], x)
+            if "upsample" in level:
+                x = level["upsample"](x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# Factor -> (channel multipliers a level, levels with attention after each block). f8 is LDM's, f16 VA-VAE's.
+VAE_LEVELS = {2: ((1, 2), ()), 4: ((1, 2, 4), ()), 8: ((1, 2, 4, 4), ()), 16: ((1, 1, 2, 2, 4), (4,)),
+              32: ((1, 1, 2, 2, 4, 4), (4, 5))}
+
+
+class VAE(nn.Module):
+    """LDM's AutoencoderKL. `spec` is f<factor>d<channels>, e.g. f8d4 (SD-VAE), f16d32 (VA-VAE); anything else of the
+    architecture is an override: ch=128, ch_mult, num_res_blocks=2, attn_levels.
+
+    Buffers latent_mean, latent_std (C,) are the statistics of its latents over the training set (0 and 1 until they
+    are measured); `config` holds the arguments that build the same network again."""
+
+    def __init__(self, spec="f16d32", resolution=256, ch=128, ch_mult=None, num_res_blocks=2, attn_levels=None):
+        super().__init__()
+        match = re.fullmatch(r"f(\d+)d(\d+)", spec)
+        if not match or int(match[1]) not in VAE_LEVELS or int(match[2]) < 1:
+            raise UserError(f"VAE spec '{spec}' is not f<factor>d<channels> with a factor of "
+                            f"{', '.join(map(str, VAE_LEVELS))}, such as f8d4 or f16d32")
+        self.factor, self.channels = int(match[1]), int(match[2])
+        mult, attn = VAE_LEVELS[self.factor]
+        ch_mult = tuple(ch_mult or mult)
+        attn_levels = tuple(attn if attn_levels is None else attn_levels)
+        if 2 ** (len(ch_mult) - 1) != self.factor:
+            raise UserError(f"ch_mult {ch_mult} has {len(ch_mult)} levels, but {spec} needs "
+                            f"{int(math.log2(self.factor)) + 1}")
+        if any(ch * m % 32 for m in ch_mult):
+            raise UserError(f"VAE widths {[ch * m for m in ch_mult]} must be multiples of 32 (GroupNorm has 32 groups)")
+        self.config = dict(spec=spec, ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
+                           attn_levels=list(attn_levels))
+        self.set_resolution(resolution)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels)
+        self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
+        self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
+        self.register_buffer("latent_mean", torch.zeros(self.channels))
+        self.register_buffer("latent_std", torch.ones(self.channels))
+
+    def set_resolution(self, resolution):
+        """The weights fit any resolution that the factor divides; this is the one the VAE is trained for."""
+        if resolution % self.factor:
+            raise UserError(f"resolution {resolution} is not divisible by the VAE's factor {self.factor}")
+        self.resolution, self.latent_size = resolution, resolution // self.factor
+        self.config["resolution"] = resolution
+
+    def set_grad_checkpoint(self, on=True):
+        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = on
+
+    def encode(self, x):
+        """Images (B,3,H,W) in [-1,1] -> mean and logvar (B,C,h,w) of the posterior, fp32, raw units."""
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    @staticmethod
+    def sample(mean, logvar, noise):
+        """A posterior sample z (B,C,h,w); `noise` is standard normal of the same shape."""
+        return mean + torch.exp(0.5 * logvar) * noise
+
+    def decode(self, z):
+        """Raw latents (B,C,h,w) -> images (B,3,H,W), fp32, about [-1,1] (not clamped)."""
+        return self.decoder(self.post_quant_conv(z)).float()
+
+    def normalize(self, z):
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def denormalize(self, z):
+        return z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mapper: Send-VAE's h, from noised latents to the tokens of a vision foundation model
+
+class MapperBlock(nn.Module):
+    """Pre-norm ViT block."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, "none")
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Mapper(nn.Module):
+    """BatchNorm -> noise -> patch embedding + positions -> `depth` ViT blocks -> MLP to `dim` (paper, section 3).
+
+    The batch norm without scale (as REPA-E's) gives every channel unit variance, so that the noise means the same for
+    any VAE. `width` is the width of the tokens inside (default: dim), `hidden` that of the MLP. depth 0 is the paper's
+    MLP-only ablation."""
+
+    def __init__(self, channels, latent_size, patch, dim, heads, depth=1, width=None, hidden=2048):
+        super().__init__()
+        if latent_size % patch:
+            raise UserError(f"a latent of {latent_size}x{latent_size} cannot be cut into patches of {patch}")
+        width = width or dim
+        self.norm = nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1, affine=False)
+        self.embed = nn.Conv2d(channels, width, patch, stride=patch)
+        self.register_buffer("positions", sincos_positions(width, latent_size // patch), persistent=False)
+        self.blocks = nn.ModuleList(MapperBlock(width, heads) for _ in range(depth))
+        self.head = projector(width, dim, hidden)
+
+    def forward(self, z, t=None, noise=None):
+        """Raw latents (B,C,h,w), times (B,) and standard normal noise (B,C,h,w), or neither -> tokens (B,N,dim)."""
+        z = self.norm(z)
+        if t is not None:
+            t = t.view(-1, 1, 1, 1)
+            z = (1 - t) * z + t * noise
+        x = self.embed(z).flatten(2).transpose(1, 2) + self.positions              # (B,N,width)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SiT: the published network (Ma et al. 2024), its parameter names and initialisation, with REPA's projector
+
+SIT_SIZES = dict(S=(12, 384, 6), B=(12, 768, 12), L=(24, 1024, 16), XL=(28, 1152, 16))     # depth, width, heads
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0,1] -> (B,width). The frequencies are those of DiT, 1 to 1/10000, and t is not scaled up (as SiT)."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        half = frequencies // 2
+        self.register_buffer("omega", torch.exp(-math.log(10000.0) * torch.arange(half) / half), persistent=False)
+
+    def forward(self, t):
+        angle = t[:, None].float() * self.omega
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)                # the last row is the null label
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels, width, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)                             # (B,N,width)
+
+
+class SiTBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, "tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(nn.Module):
+    """Velocity network on normalised latents. `size` S, B, L or XL; depth, width and heads override it.
+
+    forward(x, t, y) -> v. With `vfm_dim` it also holds REPA's projector: forward(x, t, y, tokens=True) -> (v, tokens
+    (B,N,vfm_dim)), taken after block `repa_block` (counted from 1). y == num_classes is the null label."""
+
+    def __init__(self, size="XL", patch=1, channels=32, latent_size=16, num_classes=1000, vfm_dim=None, repa_block=8,
+                 depth=None, width=None, heads=None):
+        super().__init__()
+        if size not in SIT_SIZES:
+            raise UserError(f"SiT size '{size}' is none of {', '.join(SIT_SIZES)}")
+        preset = SIT_SIZES[size]
+        depth, width, heads = depth or preset[0], width or preset[1], heads or preset[2]
+        if latent_size % patch:
+            raise UserError(f"a latent of {latent_size}x{latent_size} cannot be cut into patches of {patch}")
+        if vfm_dim and not 1 <= repa_block <= depth:
+            raise UserError(f"repa_block {repa_block} is not one of the SiT's {depth} blocks")
+        self.config = dict(size=size, patch=patch, channels=channels, latent_size=latent_size, num_classes=num_classes,
+                           vfm_dim=vfm_dim, repa_block=repa_block, depth=depth, width=width, heads=heads)
+        self.patch, self.channels, self.latent_size, self.num_classes = patch, channels, latent_size, num_classes
+        self.repa_block, self.grid, self.grad_checkpoint = repa_block, latent_size // patch, False
+        self.x_embedder = PatchEmbed(channels, width, patch)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.register_buffer("pos_embed", sincos_positions(width, self.grid))
+        self.blocks = nn.ModuleList(SiTBlock(width, heads) for _ in range(depth))
+        self.projectors = nn.ModuleList([projector(width, vfm_dim)] if vfm_dim else [])
+        self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.init_weights()
+
+    def init_weights(self):
+        """As published by DiT and SiT: adaLN and output start at zero, so that every block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1],
+                                                                    self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, y, tokens=False):
+        B, C, p, g = x.shape[0], self.channels, self.patch, self.grid
+        c = self.t_embedder(t) + self.y_embedder(y)                                # (B,width)
+        x = self.x_embedder(x) + self.pos_embed                                    # (B,N,width)
+        for i, block in enumerate(self.blocks, 1):
+            x = maybe_checkpoint(self.grad_checkpoint, block, x, c)
+            if tokens and i == self.repa_block:
+                projected = self.projectors[0](x)                                  # (B,N,vfm_dim)
+        x = self.final_layer(x, c).float()                                         # (B,N,p*p*C)
+        v = x.view(B, g, g, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, g * p, g * p)
+        return (v, projected) if tokens else v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VFM: a frozen vision model through timm
+
+class VFM(nn.Module):
+    """Frozen features of any timm model as tokens: forward(images in [-1,1]) -> (B, grid*grid, dim).
+
+    A transformer gives its patch tokens after the final norm, without class or register tokens; a CNN its last
+    feature map, or the one at `stride`. Pictures are resized (bicubic, as REPA does) so that the token grid is `grid`,
+    by default image_size/16: 224 for a /14 transformer and 256 for a /16 one at 256 px.
+    `weights` is a local file in timm's key names; without it timm's own are taken from the hub. Never random ones."""
+
+    def __init__(self, name, weights=None, image_size=256, grid=None, stride=None):
+        super().__init__()
+        import timm                                         # the slowest import of all, so only where it is needed
+        self.grid = grid or image_size // 16
+        try:
+            with torch.device("meta"):
+                plan = timm.create_model(name, pretrained=False)
+        except Exception as error:
+            base = name.split(".")[0]
+            if timm.is_model(base):
+                raise UserError(f"timm cannot build '{name}': {error}") from None
+            near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 4, 0.5)
+            raise UserError(f"'{name}' is not a model timm knows; near it: {', '.join(near) or 'nothing'}") from None
+        self.prefix = getattr(plan, "num_prefix_tokens", 0)
+        self.stage = None
+        reductions = [f["reduction"] for f in plan.feature_info]
+        if stride:
+            if stride not in reductions:
+                raise UserError(f"{name} has no feature map at stride {stride}, only {sorted(set(reductions))}")
+            self.stage = len(reductions) - 1 - reductions[::-1].index(stride)
+        self.input_size = self.grid * (stride or reductions[-1])
+        size = dict(img_size=self.input_size) if hasattr(plan, "num_prefix_tokens") else {}
+        source = {}
+        if weights:
+            if not os.path.isfile(weights):
+                raise UserError(f"--vfm-weights {weights}: no such file")
+            source = dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False))
+        try:
+            self.model = timm.create_model(name, pretrained=True, **size, **source)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            if weights:
+                raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {reason}") from None
+            raise UserError(f"cannot get {name}'s weights from the hub ({reason}); "
+                            "give a local file with --vfm-weights") from None
+        self.model.eval().requires_grad_(False)
+        data = timm.data.resolve_model_data_config(self.model)
+        self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
+        with torch.no_grad():
+            tokens = self(torch.zeros(1, 3, image_size, image_size))
+        self.dim = tokens.shape[2]
+        if tokens.shape[1] != self.grid ** 2:
+            raise UserError(f"{name} gives {tokens.shape[1]} tokens for a {self.input_size}x{self.input_size} picture, "
+                            f"but a {self.grid}x{self.grid} grid is needed; choose another --vfm or --vfm-stride")
+
+    def train(self, mode=True):
+        return super().train(False)                         # frozen: batch norms and dropout stay in eval mode
+
+    def forward(self, x):
+        x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic")
+        x = ((x + 1) / 2 - self.mean) / self.std
+        if self.stage is None:
+            x = self.model.forward_features(x)
+        else:
+            x = self.model.forward_intermediates(x, indices=[self.stage], norm=False, stop_early=True,
+                                                 output_fmt="NCHW", intermediates_only=True)[0]
+        if x.ndim == 4:
+            return x.flatten(2).transpose(1, 2).float()     # a CNN's (B,D,g,g)
+        return x[:, self.prefix:].float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS and the patch discriminator: the perceptual and adversarial parts of the VAE's loss
+
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): forward(a, b), images in [-1,1] (B,3,H,W) -> distance (B,).
+
+    `weights`: local files that together hold VGG16's convolutions (torchvision's vgg16-397923af.pth, or the `lpips`
+    package's whole network) and the five linear layers (its vgg.pth); what they lack is downloaded once."""
+
+    def __init__(self, weights=()):
+        super().__init__()
+        from torchvision.models import VGG16_Weights, vgg16
+        state = {}
+        for path in [weights] if isinstance(weights, (str, os.PathLike)) else weights:
+            state.update(read_weights(path)[0])
+        convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]            # torchvision's vgg16.features
+        cuts = [4, 9, 16, 23, 30]                                                  # each after relu1_2 ... relu5_3
+        renamed = {}
+        for key, value in state.items():
+            key = re.sub(r"^net\.slice\d\.", "features.", key)
+            key = re.sub(r"^lins?\.?(\d)\.(?:model\.)?1\.weight$", r"lin\1", key)
+            renamed[key] = value
+        try:
+            if "features.0.weight" not in renamed:
+                renamed.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+            if "lin0" not in renamed:
+                lin = torch.hub.load_state_dict_from_url(LPIPS_URL, file_name=f"lpips-vgg-{LPIPS_SHA256[:8]}.pth",
+                                                         check_hash=True, map_location="cpu", weights_only=True)
+                renamed.update({f"lin{i}": lin[f"lin{i}.model.1.weight"] for i in range(5)})
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download LPIPS's weights ({error}); give the files vgg16-397923af.pth and {LPIPS_URL} "
+                            "with --lpips-weights, or switch the term off with --lpips 0") from None
+        features = vgg16().features
+        wanted = [f"features.{i}.{kind}" for i in convolutions for kind in ("weight", "bias")]
+        missing = [k for k in wanted + [f"lin{i}" for i in range(5)] if k not in renamed]
+        if missing:
+            raise UserError(f"LPIPS's weight files lack {len(missing)} tensors, the first is {missing[0]}")
+        features.load_state_dict({k[9:]: renamed[k] for k in wanted})
+        for module in features:
+            if isinstance(module, nn.ReLU):
+                module.inplace = False                      # the slices' outputs are kept
+        self.slices = nn.ModuleList(features[a:b] for a, b in zip([0] + cuts[:-1], cuts))
+        for i in range(5):
+            self.register_buffer(f"lin{i}", renamed[f"lin{i}"].float().view(1, -1, 1, 1))
+        # ImageNet's mean and std, moved to inputs in [-1,1]
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def features(self, x):
+        """Images (B,3,H,W) -> the five feature maps, each of unit length over its channels."""
+        x, maps = (x - self.shift) / self.scale, []
+        for part in self.slices:
+            x = part(x)
+            f = x.float()
+            maps.append(f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+    def forward(self, a, b):
+        total = 0
+        for i, (fa, fb) in enumerate(zip(self.features(a), self.features(b))):
+            total = total + ((fa - fb).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
+        return total
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN of pix2pix, as LDM uses it and under its names: images (B,3,H,W) -> logits (B,1,H/8-2,W/8-2)."""
+
+    def __init__(self, width=64, layers=3):
+        super().__init__()
+        modules = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            cin, cout = width * min(2 ** (i - 1), 8), width * min(2 ** i, 8)
+            stride = 2 if i < layers else 1
+            modules += [nn.Conv2d(cin, cout, 4, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.LeakyReLU(0.2)]
+        modules.append(nn.Conv2d(cout, 1, 4, 1, 1))
+        self.main = nn.Sequential(*modules)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, x):
+        return self.main(x).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weight files
+
+def state_hash(state):
+    """sha256 over names, types, shapes and bytes of a state dict's tensors, the first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def read_weights(path):
+    """A .safetensors file or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of strings).
+    No pickled code is ever executed."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":                                # safetensors: 8 bytes of length, then JSON
+            from safetensors import safe_open
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({reason})") from None
+    return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
+
+
+def read_ours(path, kind):
+    """-> (state dict, config, info) of a vae.safetensors or sit.safetensors."""
+    state, metadata = read_weights(path)
+    found = metadata.get("kind")
+    if found != kind:
+        what = f"a {found} checkpoint" if found else "no file of ours (it names no kind in its metadata)"
+        raise UserError(f"{path} is {what}, but a {kind} is needed")
+    return state, json.loads(metadata["config"]), json.loads(metadata["info"])
+
+
+def load_strictly(model, state, path):
+    own = model.state_dict()
+    wrong = [f"{k} is missing" for k in own if k not in state]
+    wrong += [f"{k} is unexpected" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}")
+    model.load_state_dict(state)
+    return model
+
+
+def load_vae(path, device="cpu"):
+    """The VAE that a file (or a run's folder) describes, in eval mode; `vae.info` tells where it came from."""
+    path = os.path.join(path, "vae.safetensors") if os.path.isdir(path) else os.fspath(path)
+    state, config, info = read_ours(path, "vae")
+    vae = load_strictly(VAE(**config), state, path)
+    vae.info = dict(info, path=path, hash=state_hash(state))
+    return vae.to(device).eval()
+
+
+def load_sit(path, device="cpu", ema=True):
+    """The SiT that a file (or a run's folder) describes, in eval mode: its EMA weights, or the raw ones that the run's
+    folder holds beside them. `sit.info` tells where it came from and which VAE it belongs to."""
+    path = os.path.join(path, "sit.safetensors") if os.path.isdir(path) else os.fspath(path)
+    path = path if ema else os.path.join(os.path.dirname(path), "sit_raw.safetensors")
+    state, config, info = read_ours(path, "sit")
+    sit = load_strictly(SiT(**config), state, path)
+    sit.info = dict(info, path=path, hash=state_hash(state), weights="ema" if ema else "raw")
+    return sit.to(device).eval()

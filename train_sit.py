@@ -1,0 +1,315 @@
+"""Stage 2: a flow transformer (SiT) on the latents of a VAE, with the REPA loss.
+
+    x_t = (1-t) x + t eps, v = eps - x; t ~ U(0,1): 0 is data, 1 is noise; x = normalised posterior sample
+    L = |SiT(x_t, t, y) - v|^2 - repa * mean_n cos(projector(hidden)[n], f(picture)[n])          (paper, eq. 4; REPA)
+
+    python train_sit.py --size B --steps 100000                 # on the newest VAE under runs/
+    python train_sit.py --repa 0                                # no vision model, and no pictures once latents are cached
+    torchrun --nproc_per_node=8 train_sit.py --vae runs/vae     # the paper's run: XL, 80 epochs, the same curve
+
+Latents (mean and std of the posterior, fp16, of each picture and its mirror image) are computed once, in the VAE's
+folder. Writes --out (runs/sit): sit.safetensors (EMA weights), sit_raw.safetensors, checkpoints/, metrics.jsonl, samples/.
+The same command goes on where a run was stopped.
+"""
+import argparse
+import copy
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import normal, say, uniform
+from models import VFM, SiT, UserError, load_vae
+from sample import draw
+
+# Flags that may change between a run and its resumption; all others must agree.
+FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
+        "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_steps",
+        "preview_cfg"}
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
+    g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
+    g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
+    g = p.add_argument_group("SiT")
+    g.add_argument("--size", choices=["S", "B", "L", "XL"], default="XL")
+    g.add_argument("--patch", type=int, help="default: 16 / the VAE's factor, at least 1")
+    g.add_argument("--depth", type=int, help="instead of the size's")
+    g.add_argument("--width", type=int, help="instead of the size's")
+    g.add_argument("--heads", type=int, help="instead of the size's")
+    g.add_argument("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null label")
+    g = p.add_argument_group("REPA")
+    g.add_argument("--repa", type=float, default=0.5, help="weight; 0: no vision model")
+    g.add_argument("--repa-block", type=int, default=8, help="block whose output is projected, from 1")
+    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
+    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--batch-size", type=int, default=256, help="global, pictures a step")
+    g.add_argument("--accum", type=int, default=1, help="forward passes a step")
+    g.add_argument("--epochs", type=float, default=80)
+    g.add_argument("--steps", type=int, help="instead of --epochs")
+    g.add_argument("--lr", type=float, default=1e-4)
+    g.add_argument("--warmup", type=int, default=0, help="steps")
+    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    g.add_argument("--ema", type=float, default=0.9999, help="decay")
+    g.add_argument("--grad-checkpoint", action="store_true", help="less memory, about a third more time")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", default="runs/sit")
+    g.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
+    g.add_argument("--log-every", type=int, default=100, help="steps")
+    g.add_argument("--sample-every", type=int, default=10000, help="steps between previews")
+    g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
+    g.add_argument("--preview-steps", type=int, default=50, help="of the previews' ODE sampler")
+    g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
+    common.add_run_arguments(p)
+    return p.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latent cache
+
+BLOCK = 256                                                 # pictures encoded and marked as done together
+
+
+@torch.no_grad()
+def cache_latents(vae, data, flip, args, device, precision):
+    """-> folder with latents.npy, fp16 (N, 2 if flip else 1, 2, C, h, w): posterior mean and std of every picture and
+    of its mirror image. Computed once by all processes together; blocks that are done are marked, so that a killed run
+    goes on. The folder's name holds the VAE's hash and the pictures' fingerprint: another VAE or list is another cache."""
+    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}{'' if flip else '-noflip'}"
+    folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
+    shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
+    blocks = -(-len(data) // BLOCK)
+    record = os.path.join(folder, "latents.json")
+    if common.rank() == 0 and not os.path.exists(record):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            if free < np.prod(shape) * 2:
+                raise UserError(f"the latent cache needs {np.prod(shape) * 2 / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
+            for name, kind, s in (("latents.npy", np.float16, shape), ("done.npy", np.uint8, (blocks,))):
+                np.lib.format.open_memmap(os.path.join(folder, name), "w+", kind, s).flush()
+            common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
+                                           precision=precision))
+        except OSError as error:
+            raise UserError(f"cannot write the latent cache {folder}: {error.strerror}") from None
+    common.barrier()
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r+")
+    done = np.load(os.path.join(folder, "done.npy"), mmap_mode="r+")
+    todo = np.flatnonzero(done == 0)[common.rank()::common.world()]
+    common.barrier()                                        # nobody marks a block before all have read the list
+    if len(todo):
+        say(f"caching   latents of {len(data)} pictures in {folder}, {np.prod(shape) * 2 / 1e9:.2f} GB")
+    loader = common.batches(Blocks(data, vae.resolution), todo.tolist(), args.workers, device)
+    for block, batch in zip(todo, tqdm(loader, "latents", len(todo), unit="block", disable=common.rank() > 0, leave=False)):
+        x = common.from_uint8(batch["image"])
+        for side in range(shape[1]):
+            for i, part in enumerate(x.flip(3).split(64) if side else x.split(64)):
+                with common.autocast(device, precision):
+                    mean, logvar = vae.encode(part)
+                pair = torch.stack([mean, (0.5 * logvar).exp()], 1).to(torch.float16).cpu().numpy()
+                if not np.isfinite(pair).all():
+                    raise UserError(f"latents of {vae.info['path']} leave fp16's range (largest mean {mean.abs().max():.3g})")
+                begin = block * BLOCK + i * 64
+                latents[begin:begin + len(pair), side] = pair
+        latents.flush()
+        done[block] = 1
+        done.flush()
+    common.barrier()
+    return folder
+
+
+class LatentCache:
+    """Reads latents.npy of a folder that cache_latents filled; opened anew in every loader process."""
+
+    def __init__(self, folder):
+        self.path, self.array = os.path.join(folder, "latents.npy"), None
+
+    def read(self, index, flip):
+        """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std)."""
+        if self.array is None:
+            self.array = np.load(self.path, mmap_mode="r")
+        return dict(latent=torch.from_numpy(self.array[index, flip.astype(np.int64)]))
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Item k: the pictures [k BLOCK, (k+1) BLOCK) of the folder, in order."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __getitem__(self, k):
+        try:
+            rows = [self.data.load(i, self.size) for i in range(k * BLOCK, min((k + 1) * BLOCK, len(self.data)))]
+        except UserError as error:
+            return error
+        return dict(image=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+def interpolate(x, eps, t):
+    """Data x and noise eps (B,C,h,w), times t (B,) -> x_t and its velocity. Paper, eq. 1, with alpha = 1 - t."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * x + t * eps, eps - x
+
+
+def repa_loss(predicted, target):
+    """-mean cosine over pictures and tokens, both (B,N,D), as REPA."""
+    return -F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
+
+
+def drop_labels(y, u, share, null):
+    """Labels y (B,), each replaced by the null label where its uniform u (B,) is below `share`."""
+    return torch.where(u < share, null, y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def main():
+    args = parse_arguments()
+    device = common.setup(args.device)
+    precision = common.resolve_precision(args.precision, device)
+    torch.manual_seed(args.seed)                            # initial weights only: all later draws are common.normal's
+    micro_batch = common.share_batch(args.batch_size, args.accum)
+
+    # Data and latents
+    args.vae = args.vae or os.path.dirname(common.newest("vae.safetensors", "VAE", "python train_vae.py"))
+    vae = load_vae(args.vae, device)
+    data = common.ImageSet(args.data)
+    say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
+    folder = cache_latents(vae, data, args.flip, args, device, precision)
+    cache = LatentCache(folder)
+
+    # Models
+    patch = args.patch or max(1, 16 // vae.factor)
+    vfm = None
+    if args.repa:
+        vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, vae.latent_size // patch, args.vfm_stride).to(device)
+    net = SiT(args.size, patch, vae.channels, vae.latent_size, len(data.classes), vfm and vfm.dim, args.repa_block,
+              args.depth, args.width, args.heads).to(device)
+    net.grad_checkpoint = args.grad_checkpoint
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
+    steps_per_epoch = len(data) / args.batch_size
+    say(f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid ** 2} tokens; {precision} on {device}")
+    params = list(net.parameters())
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+    # Resume
+    names = ["flow", "repa", "grad_norm"]
+    running = torch.zeros(len(names) + 1, device=device)    # sums of the above since the last log line, and their count
+    bad_step = torch.tensor(-1, device=device)
+    start = 0
+    state = None if args.overwrite else common.load_checkpoint(args.out, device)
+    if state is None and args.resume:
+        raise UserError(f"--resume: {args.out} holds no checkpoint")
+    if state is not None:
+        common.compare_flags(state["arguments"], args, FREE, args.out)
+        if state["vae_hash"] != vae.info["hash"]:
+            raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
+                            f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
+        start = state["step"]
+        if start >= total:
+            return say(f"done      {args.out} has its {start} steps already")
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        running.copy_(state["running"])
+        say(f"resuming  {args.out} at step {start}")
+        del state
+    elif common.rank() == 0:
+        for path in common.list_checkpoints(args.out):
+            os.remove(path)
+
+    # Parallel and compiled form; `net` stays the plain module that is saved
+    forward = net
+    if args.compile if args.compile is not None else device.type == "cuda":
+        forward, vfm = torch.compile(net), vfm and torch.compile(vfm)
+    if common.world() > 1:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    log = common.RunLog(args.out, args, start, total, steps_per_epoch)
+    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
+    stream = iter(common.batches(dataset, range(start, total), args.workers, device))
+    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
+        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
+    shape = (vae.channels, vae.latent_size, vae.latent_size)
+
+    def save(step):
+        common.gather_mean(running)
+        if common.rank() == 0:
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
+                        vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
+            for name, module in (("sit", ema), ("sit_raw", net)):
+                common.save_weights(os.path.join(args.out, f"{name}.safetensors"), "sit", module.state_dict(), net.config, info)
+            common.save_checkpoint(args.out, step, dict(
+                step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict(), running=running))
+        common.barrier()
+
+    for step in range(start, total + 1):                    # the last turn only measures and saves
+        due = step == total or step % args.save_every == 0 and step > start
+        if due or step % args.log_every == 0:
+            common.stop_if_bad(bad_step, names, running, args.out)
+        if step > start and (step % args.log_every == 0 or step == total):
+            values = common.gather_mean(running.clone()).tolist()
+            log.log(step, {k: v / max(values[-1], 1) for k, v in zip(names, values) if k != "repa" or args.repa}, args.batch_size)
+            running.zero_()
+        if due:
+            save(step)
+        if (step == total or step % args.sample_every == 0 and step > start) and common.rank() == 0:
+            ids = torch.arange(64, device=device)           # 8 rows, the same noise and labels every time
+            labels = (ids // 8 * len(data.classes) // 8) if len(data.classes) > 8 else ids // 8 % len(data.classes)
+            pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
+            common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(8))
+        if step == total:
+            break
+
+        # ---- one step ------------------------------------------------------------------------------------------------
+        batch = next(stream)
+        losses = torch.zeros(len(names) + 1, device=device)
+        for i in range(args.accum):
+            part = slice(i * micro_batch, (i + 1) * micro_batch)
+            position = batch["position"][part]
+            mean, std = batch["latent"][part].float().unbind(1)                    # each (b,C,h,w)
+            x = vae.normalize(mean + std * normal(args.seed, "posterior", position, shape))
+            t = uniform(args.seed, "time", position)
+            x_t, v = interpolate(x, normal(args.seed, "noise", position, shape), t)
+            y = drop_labels(batch["label"][part], uniform(args.seed, "label dropout", position), args.label_dropout,
+                            net.num_classes)
+            with common.autocast(device, precision), common.sync_gradients(forward, i == args.accum - 1):
+                if args.repa:
+                    predicted, tokens = forward(x_t, t, y, tokens=True)
+                    with torch.no_grad():
+                        target = vfm(common.from_uint8(batch["image"][part]))
+                    repa = repa_loss(tokens, target)
+                else:
+                    predicted, repa = forward(x_t, t, y), x.new_zeros(())
+                flow = F.mse_loss(predicted, v)
+                ((flow + args.repa * repa) / args.accum).backward()
+            losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+        losses[2] = common.guarded_step(optimizer, params, args.clip, step, bad_step)
+        common.ema_update(ema, net, args.ema)
+        losses[-1] = 1
+        running += losses
+        log.bar.update()
+        # --------------------------------------------------------------------------------------------------------------
+    log.bar.close()
+    say(f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)
