@@ -248,6 +248,7 @@ def check_picture(path):
             if image.mode == "F":
                 return "floating-point pixels have no known range"
             size, kind = image.size, image.format
+            image.verify()                                  # a PNG's checksums
         with open(path, "rb") as file:
             file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
             tail = file.read()
@@ -455,6 +456,19 @@ def save_checkpoint(folder, step, state, keep=2):
         os.remove(old)
 
 
+@contextlib.contextmanager
+def saving(folder, final):
+    """Around the writes of a save: a full disk is said aloud and training goes on; only at the end it is an error.
+    Files are replaced whole, so what was saved before stays good."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                # torch.save turns some failed writes into RuntimeError
+        reason = f"cannot save in {folder}: {error}; the last good checkpoint is {(list_checkpoints(folder) or ['none'])[-1]}"
+        if final:
+            raise UserError(f"{reason}; make room and give the same command again") from None
+        say(f"warning: {reason}; training goes on")
+
+
 def list_checkpoints(folder):
     return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoints", "*.pt")))
 
@@ -553,6 +567,7 @@ class RunLog:
             self.file.flush()
 
 
+@torch.no_grad()
 def ema_update(ema, model, decay):
     """ema <- decay ema + (1 - decay) model for the parameters, a copy for the buffers; two modules of one shape."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)

@@ -1,9 +1,15 @@
 import json
 import math
 import os
+import time
 
 import numpy as np
-from PIL import Image, ImageDraw
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import save_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: what can be seen in one, and how it is drawn
@@ -147,3 +153,101 @@ def draw_pictures(folder, size=32, per_class=1000, seed=0):
     with open(marker, "w") as f:
         json.dump(dict(settings, complete=True), f)
     print(f"pictures: {len(attributes)} drawn in {folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stand-in for the vision foundation model: a small timm network, trained here instead of downloaded
+
+
+def load_split(data, split, size):
+    """data/split/<class>/* -> pictures (N,3,size,size) uint8, classes (N,) int64, class names, names relative to data."""
+    classes = sorted(d.name for d in os.scandir(os.path.join(data, split)) if d.is_dir())
+    names = [f"{split}/{c}/{f}" for c in classes for f in sorted(os.listdir(os.path.join(data, split, c)))]
+    pictures = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
+    for i, name in enumerate(names):
+        picture = Image.open(os.path.join(data, name)).convert("RGB")
+        if picture.size != (size, size):
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        pictures[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return pictures, torch.tensor([classes.index(n.split("/")[1]) for n in names]), classes, names
+
+
+def load_attributes(data, names):
+    """(N,A) of 0. and 1. for the named pictures, from data/list_attr_celeba.txt; A is 0 where there is no such file."""
+    path = os.path.join(data, "list_attr_celeba.txt")
+    if not os.path.exists(path):
+        return torch.zeros(len(names), 0)
+    with open(path) as f:
+        rows = dict(line.split(maxsplit=1) for line in f.readlines()[2:])
+    return torch.tensor([[float(v == "1") for v in rows[n].split()] for n in names])
+
+
+def train_stand_in(data, out, name="test_byobnet", stride=8, grid=8, steps=900, batch=64, lr=4e-3, seed=0):
+    """Train timm's `name` on data/train and write its weights, in timm's own key names, to `out` (safetensors).
+
+    The feature map at `stride` will serve as the tokens, grid x grid of them, so that is how large the pictures get.
+    Loss: cross entropy of the classes, plus, where data has an attribute list, that of the attributes. Both are also
+    read off the average token, so that the tokens hold what the other stages look for. One class and no attributes:
+    the network tells by how many quarter turns each picture was rotated. Returns what was measured on data/val.
+    """
+    start = time.time()
+    x, y, classes, names = load_split(data, "train", 32)
+    x_val, y_val, _, names_val = load_split(data, "val", 32)
+    attributes, attributes_val = load_attributes(data, names), load_attributes(data, names_val)
+    if len(classes) == 1 and attributes.shape[1] == 0:
+        classes = ["0", "90", "180", "270"]
+        x, y = torch.cat([x.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(x))
+        x_val, y_val = torch.cat([x_val.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(x_val))
+        attributes, attributes_val = torch.zeros(len(x), 0), torch.zeros(len(x_val), 0)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, pretrained=False, num_classes=len(classes)).to(memory_format=torch.channels_last)
+        layer = [f["reduction"] for f in model.feature_info].index(stride)
+        heads = nn.ModuleList(nn.Linear(n, len(classes) + attributes.shape[1]) for n in
+                              (model.head_hidden_size, model.feature_info[layer]["num_chs"]))
+        order = torch.cat([torch.randperm(len(x)) for _ in range(steps * batch // len(x) + 1)])
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ("mean", "std"))
+
+    def forward(x):
+        """(B,3,32,32) uint8 -> the model's logits (B,K), the two extra heads' (B,K+A), the average token (B,D)."""
+        x = F.interpolate(x / 255, (grid * stride, grid * stride), mode="bicubic")
+        x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        x, (tokens,) = model.forward_intermediates(x, indices=[layer], norm=False, output_fmt="NCHW")
+        pooled, token = model.forward_head(x, pre_logits=True), tokens.mean((2, 3))
+        return model.get_classifier()(pooled), heads[0](pooled), heads[1](token), token
+
+    # Train. The learning rate rises for a tenth of the steps and then falls to zero along a cosine.
+    model.train()
+    params = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(params, weight_decay=0.02)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / (0.1 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rows = order[step * batch:(step + 1) * batch]
+        logits, *extra, _ = forward(x[rows])
+        loss = F.cross_entropy(logits, y[rows])
+        for prediction in extra if attributes.shape[1] else extra[1:]:
+            loss = loss + F.cross_entropy(prediction[:, :len(classes)], y[rows])
+            if attributes.shape[1]:
+                loss = loss + 3 * F.binary_cross_entropy_with_logits(prediction[:, len(classes):], attributes[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99 or step == steps - 1:
+            print(f"stand-in {name}: step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+
+    # Measure: the model itself, and what one linear layer (the second extra head) reads off the average token.
+    model.eval()
+    with torch.no_grad():
+        logits, top, token = (torch.cat(parts) for parts in zip(*(forward(b)[:3] for b in x_val.split(200))))
+    accuracy = lambda guess: (guess[:, :len(classes)].argmax(1) == y_val).float().mean().item()
+    hits = lambda guess: ((guess[:, len(classes):] > 0) == (attributes_val > 0)).float().mean().item()
+    result = dict(vfm=name, stride=stride, grid=grid, input_size=grid * stride, steps=steps, seed=seed,
+                  accuracy=accuracy(logits), token_accuracy=accuracy(token))
+    if attributes.shape[1]:
+        result.update(attribute_accuracy=hits(top), token_attribute_accuracy=hits(token))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out)
+    result["seconds"] = round(time.time() - start, 1)
+    return result

@@ -89,15 +89,15 @@ def projector(dim, out, width=2048):
 # ----------------------------------------------------------------------------------------------------------------------
 # VAE: the AutoencoderKL of latent diffusion (Rombach et al. 2022), under its parameter names
 
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, cin, cout):
+    def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = norm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
         if cin != cout:
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
@@ -110,9 +110,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """One head over all positions of a feature map."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = norm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -141,13 +141,13 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels):
-    return nn.ModuleDict(dict(block_1=ResnetBlock(channels, channels), attn_1=AttnBlock(channels),
-                              block_2=ResnetBlock(channels, channels)))
+def middle(channels, groups):
+    return nn.ModuleDict(dict(block_1=ResnetBlock(channels, channels, groups), attn_1=AttnBlock(channels, groups),
+                              block_2=ResnetBlock(channels, channels, groups)))
 
 
 class Encoder(nn.Module):
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
         self.grad_checkpoint = False
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -156,15 +156,15 @@ class Encoder(nn.Module):
         for i, mult in enumerate(ch_mult):
             level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
             for _ in range(num_res_blocks):
-                level["block"].append(ResnetBlock(width, ch * mult))
+                level["block"].append(ResnetBlock(width, ch * mult, groups))
                 width = ch * mult
                 if i in attn_levels:
-                    level["attn"].append(AttnBlock(width))
+                    level["attn"].append(AttnBlock(width, groups))
             if i < len(ch_mult) - 1:
                 level["downsample"] = Downsample(width)
             self.down.append(level)
-        self.mid = middle(width)
-        self.norm_out = norm(width)
+        self.mid = middle(width, groups)
+        self.norm_out = norm(width, groups)
         self.conv_out = nn.Conv2d(width, 2 * channels, 3, padding=1)
 
     def forward(self, x):
@@ -182,24 +182,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
         self.grad_checkpoint = False
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        self.mid = middle(width)
+        self.mid = middle(width, groups)
         self.up = nn.ModuleList()                       # indexed by level as in LDM: the last one is run first
         for i, mult in reversed(list(enumerate(ch_mult))):
             level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
             for _ in range(num_res_blocks + 1):
-                level["block"].append(ResnetBlock(width, ch * mult))
+                level["block"].append(ResnetBlock(width, ch * mult, groups))
                 width = ch * mult
                 if i in attn_levels:
-                    level["attn"].append(AttnBlock(width))
+                    level["attn"].append(AttnBlock(width, groups))
             if i > 0:
                 level["upsample"] = Upsample(width)
             self.up.insert(0, level)
-        self.norm_out = norm(width)
+        self.norm_out = norm(width, groups)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z):
@@ -223,12 +223,14 @@ VAE_LEVELS = {2: ((1, 2), ()), 4: ((1, 2, 4), ()), 8: ((1, 2, 4, 4), ()), 16: ((
 
 class VAE(nn.Module):
     """LDM's AutoencoderKL. `spec` is f<factor>d<channels>, e.g. f8d4 (SD-VAE), f16d32 (VA-VAE); anything else of the
-    architecture is an override: ch=128, ch_mult, num_res_blocks=2, attn_levels.
+    architecture is an override: ch=128, ch_mult, num_res_blocks=2, attn_levels, groups of the norms (LDM's 32, fewer below
+    ch=128: a group of one channel is an instance norm, which wipes out the picture's mean colours).
 
     Buffers latent_mean, latent_std (C,) are the statistics of its latents over the training set (0 and 1 until they
     are measured); `config` holds the arguments that build the same network again."""
 
-    def __init__(self, spec="f16d32", resolution=256, ch=128, ch_mult=None, num_res_blocks=2, attn_levels=None):
+    def __init__(self, spec="f16d32", resolution=256, ch=128, ch_mult=None, num_res_blocks=2, attn_levels=None,
+                 groups=None):
         super().__init__()
         match = re.fullmatch(r"f(\d+)d(\d+)", spec)
         if not match or int(match[1]) not in VAE_LEVELS or int(match[2]) < 1:
@@ -241,17 +243,30 @@ class VAE(nn.Module):
         if 2 ** (len(ch_mult) - 1) != self.factor:
             raise UserError(f"ch_mult {ch_mult} has {len(ch_mult)} levels, but {spec} needs "
                             f"{int(math.log2(self.factor)) + 1}")
-        if any(ch * m % 32 for m in ch_mult):
-            raise UserError(f"VAE widths {[ch * m for m in ch_mult]} must be multiples of 32 (GroupNorm has 32 groups)")
+        groups = groups or min(32, max(1, ch // 4))
+        if any(ch * m % groups for m in ch_mult):
+            raise UserError(f"VAE widths {[ch * m for m in ch_mult]} must be multiples of the norms' {groups} groups")
         self.config = dict(spec=spec, ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
-                           attn_levels=list(attn_levels))
+                           attn_levels=list(attn_levels), groups=groups)
         self.set_resolution(resolution)
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
         self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
+        self.init_weights()
+
+    def init_weights(self):
+        """Convolutions that keep the variance and residual branches that start at zero. LDM leaves PyTorch's default, which
+        shrinks the signal threefold a layer: after 4,800 CIFAR-10 pictures 20.9 dB, and 22.9 dB with this."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (ResnetBlock, AttnBlock)):
+                nn.init.zeros_((module.conv2 if isinstance(module, ResnetBlock) else module.proj_out).weight)
 
     def set_resolution(self, resolution):
         """The weights fit any resolution that the factor divides; this is the one the VAE is trained for."""
@@ -504,7 +519,7 @@ class VFM(nn.Module):
                 raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {reason}") from None
             raise UserError(f"cannot get {name}'s weights from the hub ({reason}); "
                             "give a local file with --vfm-weights") from None
-        self.model.eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)

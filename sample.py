@@ -6,7 +6,7 @@
 
     python sample.py --cfg 1.5                                             # grid of 8 classes x 8, newest SiT under runs/
     python sample.py --classes 207 360 --n 16 --out grid.png               # numbers or folder names of classes
-    torchrun --nproc_per_node=8 sample.py --num 50000 --cfg 1 --out samples.npz
+    torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1 --out samples.npz
 
 Picture i of a set is a function of (--seed, i) alone: not of the batch size, nor of the number of processes. An
 interrupted set goes on where it was, with the same command.
@@ -41,7 +41,8 @@ def parse_arguments(argv=None):
     g.add_argument("--raw", action="store_true", help="raw weights instead of the EMA ones")
     g.add_argument("--classes", nargs="+", help="grid: numbers or folder names (default: 8 spread over all)")
     g.add_argument("--n", type=int, default=8, help="grid: pictures of each class")
-    g.add_argument("--num", type=int, help="set: number of pictures")
+    g.add_argument("--num", "--num-images", type=int, help="set: number of pictures (under torchrun write --num-images: "
+                   "it takes --num for an abbreviation of its own --numa-binding)")
     g.add_argument("--labels", choices=["equal", "random"], default="equal",
                    help="set: every class equally often, or drawn at random; moves FID, so it is written into the result")
     g.add_argument("--out", help=".png or .npz (default: grid.png or samples.npz in the SiT's folder)")

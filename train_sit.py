@@ -182,7 +182,6 @@ def main():
     args = parse_arguments()
     device = common.setup(args.device)
     precision = common.resolve_precision(args.precision, device)
-    torch.manual_seed(args.seed)                            # initial weights only: all later draws are common.normal's
     micro_batch = common.share_batch(args.batch_size, args.accum)
 
     # Data and latents
@@ -198,6 +197,7 @@ def main():
     vfm = None
     if args.repa:
         vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, vae.latent_size // patch, args.vfm_stride).to(device)
+    torch.manual_seed(args.seed)                            # initial weights only: all other draws are common.normal's
     net = SiT(args.size, patch, vae.channels, vae.latent_size, len(data.classes), vfm and vfm.dim, args.repa_block,
               args.depth, args.width, args.heads).to(device)
     net.grad_checkpoint = args.grad_checkpoint
@@ -249,14 +249,15 @@ def main():
 
     def save(step):
         common.gather_mean(running)
-        if common.rank() == 0:
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
-                        vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
-            for name, module in (("sit", ema), ("sit_raw", net)):
-                common.save_weights(os.path.join(args.out, f"{name}.safetensors"), "sit", module.state_dict(), net.config, info)
-            common.save_checkpoint(args.out, step, dict(
-                step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(), ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(), running=running))
+        with common.saving(args.out, final=step == total):
+            if common.rank() == 0:
+                info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
+                            classes=data.classes, vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
+                for name, module in (("sit", ema), ("sit_raw", net)):
+                    common.save_weights(f"{args.out}/{name}.safetensors", "sit", module.state_dict(), net.config, info)
+                common.save_checkpoint(args.out, step, dict(
+                    step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(), ema=ema.state_dict(),
+                    optimizer=optimizer.state_dict(), running=running))
         common.barrier()
 
     for step in range(start, total + 1):                    # the last turn only measures and saves

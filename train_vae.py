@@ -208,7 +208,6 @@ def main():
         args.lpips = args.kl = args.gan = 0
     device = common.setup(args.device)
     precision = common.resolve_precision(args.precision, device)
-    torch.manual_seed(args.seed)                            # initial weights only: all later draws are common.normal's
     micro_batch = common.share_batch(args.batch_size, args.accum)
 
     # Data
@@ -220,7 +219,9 @@ def main():
     if data.smallest < args.resolution:
         say(f"note: some pictures are smaller than {args.resolution} pixels (the smallest {data.smallest}) and are enlarged")
 
-    # Models
+    # Models. The global generator is for initial weights only, so it is seeded before each network: all other draws are
+    # common.normal's
+    torch.manual_seed(args.seed)
     if args.init:
         vae = load_vae(args.init).train()
         vae.set_resolution(args.resolution)
@@ -232,12 +233,14 @@ def main():
         patch = args.mapper_patch or max(1, 16 // vae.factor)
         vfm = VFM(args.vfm, args.vfm_weights, args.resolution, vae.latent_size // patch, args.vfm_stride)
         width = args.mapper_width or vfm.dim
+        torch.manual_seed(args.seed + 1)
         mapper = Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
                         args.mapper_depth, width, args.mapper_hidden)
         vfm = vfm.to(device)
     if args.lpips:
         lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
     if args.gan:
+        torch.manual_seed(args.seed + 2)
         disc = common.sync_batch_norms(PatchDiscriminator()).to(device, memory_format=common.layout(device))
     if args.freeze and not args.align:
         raise UserError("--freeze trains the mapper only, but --align 0 builds none")
@@ -312,14 +315,15 @@ def main():
             say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         ema.train(ema is net)
         common.gather_mean(running)
-        if common.rank() == 0:
-            common.save_weights(os.path.join(args.out, "vae.safetensors"), "vae", ema.vae.state_dict(), vae.config, dict(
-                arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, stats_images=stats_images,
-                **common.provenance()))
-            common.save_checkpoint(args.out, step, dict(
-                step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
-                optimizer=optimizer.state_dict(), disc=disc and disc.state_dict(),
-                disc_optimizer=disc_optimizer and disc_optimizer.state_dict()))
+        with common.saving(args.out, final):
+            if common.rank() == 0:
+                info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
+                            stats_images=stats_images, **common.provenance())
+                common.save_weights(f"{args.out}/vae.safetensors", "vae", ema.vae.state_dict(), vae.config, info)
+                common.save_checkpoint(args.out, step, dict(
+                    step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
+                    optimizer=optimizer.state_dict(), disc=disc and disc.state_dict(),
+                    disc_optimizer=disc_optimizer and disc_optimizer.state_dict()))
         common.barrier()
 
     for step in range(start, total + 1):                    # the last turn only measures and saves

@@ -1,0 +1,323 @@
+"""The scripts themselves: two processes = one, resumed = uninterrupted, any batch size = the same pictures, and each
+mistake a user can make = one sentence and exit code 2."""
+import glob
+import json
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import models
+import sample
+import train_sit
+import train_vae
+from conftest import SIT, VAE, refused, script, torchrun
+
+
+def losses(folder, keys):
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return np.array([[line[k] for k in keys] for line in lines if keys[0] in line])
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, vfm_weights, tmp_path_factory):
+    """Folder in which a VAE (with GAN and alignment) and a SiT (with REPA) were trained for a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = os.getcwd()
+    os.chdir(folder)
+    script(train_vae, *VAE, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 4, "--val", pictures)
+    script(train_sit, *SIT, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 4)
+    os.chdir(before)
+    return folder
+
+
+# ---- invariants ------------------------------------------------------------------------------------------------------
+
+def test_two_processes_give_the_losses_and_pictures_of_one(pictures, vfm_weights, tmp_path):
+    """The second stage runs on the first process's VAE both times, since a VAE's hash is of its exact bytes."""
+    for n in (1, 2):
+        torchrun(n, "train_vae", *VAE, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 20, "--out", f"vae{n}",
+                 cwd=tmp_path)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        torchrun(n, "train_sit", *SIT, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 20, "--out", f"sit{n}",
+                 "--vae", "vae1", "--cache", "cache", cwd=tmp_path)
+        torchrun(n, "sample", "--sit", "sit1", "--num-images", 7, "--steps", 5, "--batch-size", 2, "--precision", "fp32", "--out",
+                 f"samples{n}.npz", cwd=tmp_path)
+    keys = ["align", "recon", "kl", "gan", "disc", "grad_norm"]
+    one, two = (losses(tmp_path / f"vae{n}", keys) for n in (1, 2))
+    assert one.shape == (20, 6)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, two = (losses(tmp_path / f"sit{n}", ["flow", "repa", "grad_norm"]) for n in (1, 2))
+    assert one.shape == (20, 3)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, two = (np.load(tmp_path / f"samples{n}.npz")["arr_0"] for n in (1, 2))
+    assert np.array_equal(one, two)
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(pictures, vfm_weights, inside):
+    words = [*VAE, "--data", pictures, "--vfm-weights", vfm_weights, "--log-every", 3]
+    script(train_vae, *words, "--steps", 8, "--out", "whole")
+    script(train_vae, *words, "--steps", 5, "--out", "parts")
+    with open("parts/metrics.jsonl", "a") as file:          # what a run killed after its checkpoint leaves behind
+        file.write('{"step": 6, "align": 0}\n{"step": 7, "ali')
+    script(train_vae, *words, "--steps", 8, "--out", "parts")
+    whole, parts = (common.load_checkpoint(f, "cpu") for f in ("whole", "parts"))
+    for key in ("net", "ema", "disc"):
+        assert all(torch.equal(whole[key][k], parts[key][k]) for k in whole[key])
+    for key in ("optimizer", "disc_optimizer"):
+        for a, b in zip(whole[key]["state"].values(), parts[key]["state"].values()):
+            assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in open("parts/metrics.jsonl")]
+    assert steps == [3, 5, 6, 8] and steps.count(6) == 1
+
+    words = [*SIT, "--data", pictures, "--vfm-weights", vfm_weights, "--vae", "whole"]
+    script(train_sit, *words, "--steps", 6, "--out", "sit_whole")
+    script(train_sit, *words, "--steps", 3, "--out", "sit_parts")
+    script(train_sit, *words, "--steps", 6, "--out", "sit_parts")
+    a, b = (models.load_sit(f).state_dict() for f in ("sit_whole", "sit_parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    keys = ["flow", "repa", "grad_norm"]
+    assert np.array_equal(losses("sit_whole", keys), losses("sit_parts", keys))
+
+
+def test_pictures_do_not_depend_on_batch_size_or_interruption(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    words = ["--num", 10, "--steps", 6, "--precision", "fp32", "--seed", 3]
+    script(sample, *words, "--batch-size", 10, "--out", "whole.npz")
+    script(sample, *words, "--batch-size", 3, "--out", "small.npz")
+    whole = np.load("whole.npz", allow_pickle=False)
+    assert whole["arr_0"].shape == (10, 32, 32, 3) and whole["arr_0"].dtype == np.uint8
+    assert json.loads(str(whole["settings"]))["seed"] == 3 and whole["labels"].tolist() == [0, 1] * 5
+    difference = whole["arr_0"].astype(int) - np.load("small.npz")["arr_0"]
+    assert np.abs(difference).max() <= 1 and np.abs(difference).mean() < 0.01     # matrix products round by their shape
+
+    draw, calls = sample.draw, []
+
+    def dies_in_the_third_batch(*arguments):
+        calls.append(arguments[2].tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+    monkeypatch.setattr(sample, "draw", dies_in_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        script(sample, *words, "--batch-size", 3, "--out", "again.npz")
+    script(sample, *words, "--batch-size", 3, "--out", "again.npz")
+    assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8], [9]]
+    assert np.array_equal(np.load("again.npz")["arr_0"], np.load("small.npz")["arr_0"])
+    assert not os.path.exists("again.npz.parts")
+
+
+def test_accumulation_gives_the_same_sit(pictures, trained, inside):
+    """SiT has no batch statistics: 1 x 8 and 4 x 2 pictures a step are one run."""
+    words = [*SIT, "--data", pictures, "--vae", trained / "runs/vae", "--repa", 0, "--steps", 5]
+    script(train_sit, *words, "--out", "a")
+    script(train_sit, *words, "--out", "b", "--accum", 4)
+    np.testing.assert_allclose(losses("a", ["flow", "grad_norm"]), losses("b", ["flow", "grad_norm"]), rtol=1e-5)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+def test_what_a_run_leaves_behind(trained, pictures, monkeypatch):
+    monkeypatch.chdir(trained)
+    vae, sit = models.load_vae("runs/vae"), models.load_sit("runs/sit")
+    raw = models.load_sit("runs/sit", ema=False)
+    assert vae.info["step"] == 4 and sit.info["vae_hash"] == vae.info["hash"] and sit.info["classes"] == ["a", "b"]
+    assert sit.num_classes == 2 and sit.info["weights"] == "ema" and raw.info["weights"] == "raw"
+    assert any(not torch.equal(a, b) for a, b in zip(sit.state_dict().values(), raw.state_dict().values()))
+    for path in ("runs/vae/samples/0000004.png", "runs/sit/samples/0000004.png"):
+        assert Image.open(path).size[0] > 100
+    assert {"commit", "torch", "device"} <= set(json.load(open("runs/vae/config.json"))["provenance"])
+    val = [json.loads(x) for x in open("runs/vae/metrics.jsonl")][-1]
+    x = torch.stack([torch.from_numpy(common.load_image(p, 32)) for p in sorted(pictures.rglob("*.png"))])
+    x = common.from_uint8(x.permute(0, 3, 1, 2))
+    with torch.no_grad():
+        mean, logvar = vae.encode(x)
+        y = common.to_uint8(vae.decode(mean))
+    mse = (y.double() - common.to_uint8(x)).square().mean((1, 2, 3))
+    assert abs((10 * torch.log10(255 ** 2 / mse)).mean() - val["val_psnr"]) < 1e-3
+    z = vae.sample(mean.double(), logvar.double(), common.normal(0, "z", torch.arange(4000), mean.shape[1:])[:, None].double())
+    assert torch.allclose(z.mean((0, 1, 3, 4)).float(), vae.latent_mean, atol=3e-3)
+    assert torch.allclose(z.transpose(0, 2).flatten(1).std(1).float(), vae.latent_std, rtol=3e-3)
+    n = vae.normalize(z.float())
+    assert torch.allclose(vae.denormalize(n), z.float(), atol=1e-5) and abs(n.mean()) < 1e-2 and abs(n.std() - 1) < 1e-2
+
+
+def test_latent_cache_holds_posteriors_and_mirror_images(trained, pictures):
+    folder, = glob.glob(f"{trained}/runs/vae/latents-*")
+    cache = np.load(f"{folder}/latents.npy", mmap_mode="r")
+    data = common.ImageSet(pictures)
+    assert cache.shape == (24, 2, 2, 4, 8, 8) and cache.dtype == np.float16
+    vae = models.load_vae(trained / "runs/vae")
+    x = common.from_uint8(torch.from_numpy(data.load(5, 32).copy()).permute(2, 0, 1)[None])
+    for side in (0, 1):
+        with torch.no_grad():
+            mean, logvar = vae.encode(x.flip(3) if side else x)
+        np.testing.assert_allclose(cache[5, side, 0], mean[0], rtol=2e-3, atol=1e-3)
+        np.testing.assert_allclose(cache[5, side, 1], (0.5 * logvar[0]).exp(), rtol=2e-3, atol=1e-3)
+
+
+def test_repa_0_needs_no_pictures_once_latents_are_cached(trained, pictures, inside, monkeypatch):
+    monkeypatch.setattr(common, "load_image", None)         # any attempt to open a picture fails
+    script(train_sit, *SIT, "--data", pictures, "--vae", trained / "runs/vae", "--repa", 0, "--steps", 2)
+    assert models.load_sit("runs/sit").config["vfm_dim"] is None
+
+
+def test_frozen_vae_stays_as_it_is(trained, pictures, vfm_weights, inside):
+    script(train_vae, *VAE, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 3, "--freeze", "--init",
+           trained / "runs/vae", "--mapper-depth", 0, "--no-noise")
+    a, b = models.load_vae(trained / "runs/vae").state_dict(), models.load_vae("runs/vae").state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a if not k.startswith("latent_"))
+
+
+def test_file_list_is_read_once_and_follows_changes(pictures, inside, monkeypatch):
+    shutil.copytree(pictures, "p")
+    first = common.ImageSet("p")
+    monkeypatch.setattr(common, "check_picture", lambda path: pytest.fail("read again"))
+    assert common.ImageSet("p").fingerprint == first.fingerprint
+    monkeypatch.undo()
+    os.chdir(inside)
+    shutil.copy("p/a/00.png", "p/b/new.png")
+    assert len(common.ImageSet("p")) == len(first) + 1 and common.ImageSet("p").fingerprint != first.fingerprint
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+def test_nothing_there_yet(inside, capsys):
+    assert "data/imagenet/train: no such folder" in refused(capsys, train_vae)
+    for module in (train_sit, sample):
+        message = refused(capsys, module)
+        assert "demo.py" in message and "train_" in message
+
+
+def test_bad_folders(inside, pictures, capsys):
+    os.makedirs("empty")
+    assert "has no pictures" in refused(capsys, train_vae, "--data", "empty")
+    shutil.copytree(pictures, "p/train")
+    assert "name one of them" in refused(capsys, train_vae, "--data", "p")
+    os.makedirs("p/train/c")
+    assert f"p{os.sep}train{os.sep}c" in refused(capsys, train_vae, "--data", "p/train")
+
+
+@pytest.mark.parametrize("kind", ["zero", "truncated", "text", "float"])
+def test_bad_picture_is_named(kind, inside, pictures, capsys):
+    shutil.copytree(pictures, "p")
+    path = f"p/b/bad.{'tif' if kind == 'float' else 'png'}"
+    whole = open("p/a/00.png", "rb").read()
+    if kind == "float":
+        Image.fromarray(np.random.rand(40, 40).astype(np.float32)).save(path)
+    else:
+        open(path, "wb").write({"zero": b"", "truncated": whole[:len(whole) // 2], "text": b"hello"}[kind])
+    assert path.replace("/", os.sep) in refused(capsys, train_vae, *VAE, "--data", "p", "--align", 0, "--gan", 0)
+
+
+def test_picture_damaged_in_the_middle_stops_the_run_and_keeps_checkpoints(inside, pictures, capsys):
+    """Its head and tail are whole, so only training finds it; workers must hand the sentence on."""
+    shutil.copytree(pictures, "p")
+    words = [*VAE, "--data", "p", "--align", 0, "--gan", 0, "--workers", 1]
+    script(train_vae, *words, "--steps", 2)
+    data = bytearray(open("p/b/03.png", "rb").read())
+    data[100:-20] = b"\xff" * (len(data) - 120)
+    open("p/b/03.png", "wb").write(data)
+    assert "03.png" in refused(capsys, train_vae, *words, "--steps", 9, "--epochs", 3)
+    assert len(common.list_checkpoints("runs/vae")) == 1 and models.load_vae("runs/vae").info["step"] == 2
+
+
+def test_sizes_and_batches(inside, pictures, capsys, vfm_weights):
+    words = [*VAE, "--data", pictures, "--vfm-weights", vfm_weights]
+    assert "30 is not divisible by the VAE's factor 4" in refused(capsys, train_vae, *words, "--resolution", 30)
+    assert "--batch-size 8 is not divisible" in refused(capsys, train_vae, *words, "--accum", 3)
+    assert "f3d4" in refused(capsys, train_vae, *words, "--spec", "f3d4")
+    assert "patches of 3" in refused(capsys, train_vae, *words, "--mapper-patch", 3)
+
+
+def test_small_pictures_are_allowed_and_said(inside, pictures, capsys):
+    script(train_vae, *VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 1, "--resolution", 64)
+    assert capsys.readouterr().out.count("smaller than 64") == 1
+
+
+def test_vision_models(inside, pictures, capsys, vfm_weights, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [*VAE, "--data", pictures]
+    assert "vit_base_patch14_dinov2" in refused(capsys, train_vae, *words, "--vfm", "vit_bas_patch14_dinov2")
+    assert "--vfm-weights" in refused(capsys, train_vae, *words, "--vfm", "vit_base_patch14_dinov2.lvd142m")
+    assert "no such file" in refused(capsys, train_vae, *words, "--vfm-weights", "nowhere")
+    assert "test_resnet" in refused(capsys, train_vae, *words, "--vfm", "test_resnet", "--vfm-weights", vfm_weights)
+    assert "no feature map at stride 3" in refused(capsys, train_vae, *words, "--vfm-stride", 3)
+    torch.save({"a": print}, "code.pt")
+    assert "code.pt" in refused(capsys, train_vae, *words, "--vfm-weights", "code.pt")
+
+
+def test_wrong_checkpoints(inside, trained, pictures, capsys):
+    words = [*SIT, "--data", pictures, "--repa", 0, "--steps", 1]
+    sit = trained / "runs/sit/sit.safetensors"
+    assert "is a sit checkpoint" in refused(capsys, train_sit, *words, "--vae", sit)
+    open("cut.safetensors", "wb").write(open(sit, "rb").read()[:-100])
+    assert "cut.safetensors cannot be read" in refused(capsys, train_sit, *words, "--vae", "cut.safetensors")
+    script(train_vae, *VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 1, "--seed", 5)
+    message = refused(capsys, sample, "--sit", sit, "--vae", "runs/vae")
+    assert models.load_vae("runs/vae").info["hash"] in message and models.load_sit(sit).info["vae_hash"] in message
+
+
+def test_sample_arguments(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert "0 to 1" in refused(capsys, sample, "--classes", 2)
+    assert "0 to 1" in refused(capsys, sample, "--classes", "zebra")
+    assert ".npz" in refused(capsys, sample, "--num", 4, "--out", "x.png")
+    script(sample, "--classes", "b", 0, "--n", 2, "--steps", 3, "--out", "x.png")
+    assert "a row each of b, a" in capsys.readouterr().out
+
+
+def test_flags_that_contradict_the_checkpoint(inside, pictures, capsys):
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0]
+    script(train_vae, *words, "--steps", 1)
+    message = refused(capsys, train_vae, *words, "--steps", 2, "--kl", 0.5)
+    assert "--kl was 1e-06 and is now 0.5" in message
+    script(train_vae, *words, "--steps", 2, "--kl", 0.5, "--overwrite")
+    assert models.load_vae("runs/vae").info["arguments"]["kl"] == 0.5
+    assert "holds no checkpoint" in refused(capsys, train_vae, *words, "--resume", "--out", "other")
+
+
+def test_damaged_checkpoint_is_passed_by(inside, pictures, capsys):
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1]
+    script(train_vae, *words, "--steps", 2)
+    old, new = common.list_checkpoints("runs/vae")
+    open(new, "r+b").truncate(os.path.getsize(new) // 2)
+    script(train_vae, *words, "--steps", 3)
+    out = capsys.readouterr().out
+    assert f"{new} is damaged" in out and "resuming  runs/vae at step 1" in out
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(inside, pictures, capsys):
+    """A limit on file size stands for the full disk: both fail a write that has begun."""
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps"]
+    script(train_vae, *words, 1)
+    good = {p: open(p, "rb").read() for p in [*common.list_checkpoints("runs/vae"), "runs/vae/vae.safetensors"]}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        message = refused(capsys, train_vae, *words, 3, "--save-every", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot save in runs/vae" in message and list(good)[0] in message
+    assert all(open(p, "rb").read() == content for p, content in good.items())
+    assert not glob.glob("runs/vae/**/*.tmp", recursive=True)
+    script(train_vae, *words, 3)
+    assert models.load_vae("runs/vae").info["step"] == 3
+
+
+def test_nan_stops_the_run_and_is_never_saved(inside, pictures, capsys):
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1]
+    script(train_vae, *words, "--steps", 1)
+    saved = open("runs/vae/vae.safetensors", "rb").read()
+    state = common.load_checkpoint("runs/vae", "cpu")
+    state["net"]["vae.encoder.conv_in.bias"][0] = float("nan")
+    common.save_checkpoint("runs/vae", 1, state)
+    message = refused(capsys, train_vae, *words, "--steps", 3)
+    assert "step 1 was not finite" in message and "recon" in message and "000000001.pt" in message
+    assert open("runs/vae/vae.safetensors", "rb").read() == saved
