@@ -8,12 +8,14 @@ Conventions, here and in every other file:
 Letters in shape comments: B pictures, C latent channels, h and w latent height and width, N tokens, D token width,
 H heads, d width of a head.
 """
+import argparse
 import difflib
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 
 import torch
 import torch.nn as nn
@@ -476,18 +478,23 @@ class SiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # VFM: a frozen vision model through timm
 
+VFM_NAMES = {"dinov2-b": "vit_base_patch14_dinov2.lvd142m", "dinov3-b": "vit_base_patch16_dinov3.lvd1689m",
+             "mae-l": "vit_large_patch16_224.mae", "clip-l": "vit_large_patch14_clip_224.openai",
+             "siglip-b": "vit_base_patch16_siglip_256.webli", "ijepa-h": "vit_huge_patch14_gap_224.in1k_ijepa"}
+
+
 class VFM(nn.Module):
     """Frozen features of any timm model as tokens: forward(images in [-1,1]) -> (B, grid*grid, dim).
 
     A transformer gives its patch tokens after the final norm, without class or register tokens; a CNN its last
     feature map, or the one at `stride`. Pictures are resized (bicubic, as REPA does) so that the token grid is `grid`,
-    by default image_size/16: 224 for a /14 transformer and 256 for a /16 one at 256 px.
+    by default image_size/16: 224 for a /14 transformer and 256 for a /16 one at 256 px. `name` may be one of VFM_NAMES.
     `weights` is a local file in timm's key names; without it timm's own are taken from the hub. Never random ones."""
 
     def __init__(self, name, weights=None, image_size=256, grid=None, stride=None):
         super().__init__()
         import timm                                         # the slowest import of all, so only where it is needed
-        self.grid = grid or image_size // 16
+        name, self.grid = VFM_NAMES.get(name, name), grid or image_size // 16
         try:
             with torch.device("meta"):
                 plan = timm.create_model(name, pretrained=False)
@@ -666,11 +673,202 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({reason})") from None
     return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
+
+
+def fetch(path):
+    """A local path as it is; hf:<owner>/<repository>[/<file or folder>][@<revision>] is downloaded once -> local path."""
+    path = os.fspath(path)
+    if not path.startswith("hf:"):
+        return path
+    name, _, revision = path[3:].partition("@")
+    parts = name.split("/", 2)
+    if len(parts) < 2:
+        raise UserError(f"{path} is not hf:<owner>/<repository>[/<file>][@<revision>]")
+    from huggingface_hub import snapshot_download
+    inside = parts[2] if len(parts) > 2 else ""
+    patterns = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin"]
+    try:
+        folder = snapshot_download("/".join(parts[:2]), revision=revision or None, allow_patterns=patterns)
+    except Exception as error:
+        raise UserError(f"cannot get {path} from the hub: {first_line(error)}") from None
+    return os.path.join(folder, inside)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# LDM's names of a VAE -> diffusers' AutoencoderKL. {i} is the level; diffusers numbers the decoder's from the other end.
+DIFFUSERS = [(r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
+             (r"\.down\.(\d+)\.attn\.(\d+)\.", r".down_blocks.\1.attentions.\2."),
+             (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+             (r"\.up\.(\d+)\.block\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
+             (r"\.up\.(\d+)\.attn\.(\d+)\.", r".up_blocks.\1.attentions.\2."),
+             (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+             (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+             (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.norm_out\.", ".conv_norm_out."),
+             (r"\.nin_shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+             (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0.")]
+
+
+def diffusers_name(key, levels):
+    """LDM's name of a VAE's parameter -> diffusers'."""
+    for pattern, new in DIFFUSERS:
+        key = re.sub(pattern, new, key)
+    return re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", key)
+
+
+def vae_config(state, resolution=256):
+    """Architecture of a VAE from the shapes in its state dict (LDM's names)."""
+    def count(pattern):
+        return len({found[1] for found in (re.match(pattern, key) for key in state) if found})
+    try:
+        ch, levels = len(state["encoder.conv_in.bias"]), count(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+        return dict(spec=f"f{2 ** (levels - 1)}d{state['post_quant_conv.weight'].shape[1]}", resolution=resolution, ch=ch,
+                    ch_mult=[len(state[f"encoder.down.{i}.block.0.conv1.bias"]) // ch for i in range(levels)],
+                    num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."), groups=32,
+                    attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state])
+    except KeyError as error:
+        raise UserError(f"this VAE has no {error.args[0]}, so its architecture is unknown") from None
+
+
+def read_published_vae(state, path):
+    """State dict of a published VAE (LDM, REPA-E, LightningDiT or diffusers) -> (state dict in our names with latent
+    statistics, config, info). What is not part of the VAE (loss, EMA copies, VA-VAE's projection) is listed in info."""
+    state = {re.sub(r"^(module\.|first_stage_model\.|vae\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
+    form = "LDM"
+    if "encoder.down_blocks.0.resnets.0.norm1.weight" in state:
+        form, levels = "diffusers", len({k.split(".")[2] for k in state if k.startswith("encoder.down_blocks.")})
+        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}       # before diffusers 0.16
+        state = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda found: f".{old[found[1]]}.", k): v for k, v in state.items()}
+        with torch.device("meta"):
+            names = VAE(f"f{2 ** (levels - 1)}d4", ch_mult=(1,) * levels, num_res_blocks=9, attn_levels=range(levels)).state_dict()
+        names = {diffusers_name(k, levels): k for k in names} | {diffusers_name(k.replace("conv1", "nin_shortcut"), levels):
+                                                                 k.replace("conv1", "nin_shortcut") for k in names}
+        state = {names.get(k, k): v for k, v in state.items()}
+        state = {k: v[:, :, None, None] if re.search(r"attn\S*\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
+                 for k, v in state.items()}
+    if "encoder.conv_in.weight" not in state:
+        raise UserError(f"{path} holds no VAE in the names of LDM or diffusers; its first keys are {', '.join(list(state)[:3])}")
+    part = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    ignored = sorted({k.split(".")[0] for k in state if not k.startswith(part)})
+    state = {k: v.float() for k, v in state.items() if k.startswith(part)}
+    config = vae_config(state)
+    mean, std = torch.zeros(config_channels(config)), torch.ones(config_channels(config))
+    folder, stem = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
+    near = [f for f in (f"{stem}-latents-stats.pt", f"{stem}_latents_stats.pt", "latents_stats.pt", "config.json")
+            if os.path.isfile(os.path.join(folder, f))]
+    if near and near[0] != "config.json":
+        stats = read_weights(os.path.join(folder, near[0]))[0]
+        if "latents_scale" in stats:                        # REPA-E: scale = 1/std, bias = mean
+            mean, std = stats["latents_bias"].flatten().float(), 1 / stats["latents_scale"].flatten().float()
+        else:                                               # LightningDiT
+            mean, std = stats["mean"].flatten().float(), stats["std"].flatten().float()
+    elif near and form == "diffusers":
+        with open(os.path.join(folder, "config.json")) as file:
+            theirs = json.load(file)
+        config["groups"], config["resolution"] = theirs.get("norm_num_groups", 32), theirs.get("sample_size", 256)
+        shift, scale = theirs.get("shift_factor") or 0.0, theirs.get("scaling_factor") or 1.0
+        mean = mean + torch.tensor(theirs.get("latents_mean") or shift)
+        std = std * torch.tensor(theirs["latents_std"]) if theirs.get("latents_std") else std / scale
+    elif form == "LDM" and config["spec"] == "f8d4":
+        near, std = ["LDM's scale factor 0.18215"], std / 0.18215
+    state.update(latent_mean=mean, latent_std=std)
+    return state, config, dict(format=form, ignored=ignored, latent_statistics=near[0] if near else "none found: 0 and 1", step=None)
+
+
+def config_channels(config):
+    return int(config["spec"].split("d")[1])
+
+
+def load_discriminator(path):
+    """The discriminator of an LDM-style checkpoint (`loss.discriminator.main.0.weight`), or one of its own file."""
+    state = read_weights(fetch(path))[0]
+    state = {re.sub(r"^(module\.|loss\.|discriminator\.)+", "", k): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if k.startswith("main.")}
+    if not state:
+        raise UserError(f"{path} holds no discriminator (no key such as loss.discriminator.main.0.weight)")
+    return load_strictly(PatchDiscriminator(), state, path)
+
+
+def read_vae(path):
+    """A VAE of ours or a published one (file, folder or hf:...) -> (state dict, config, info)."""
+    path = fetch(path)
+    if os.path.isdir(path):
+        names = ["vae.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+        loose = sorted(f for f in os.listdir(path) if f.endswith((".pt", ".pth", ".ckpt", ".safetensors")) and "stats" not in f)
+        found = [n for n in names if n in os.listdir(path)] or loose
+        if not found:
+            raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
+        path = os.path.join(path, found[0])
+    state, metadata = read_weights(path)
+    if "kind" in metadata:
+        return read_ours(path, "vae") + (path,)
+    return read_published_vae(state, path) + (path,)
+
+
+def read_published_sit(state, path, ema):
+    """A published SiT, REPA or REPA-E checkpoint -> (state dict in our convention, config, info). The original SiT has
+    t = 0 at noise and predicts data - noise and a variance: v(x, t) = -theirs(x, 1-t). Both turns are linear, so they go
+    into the weights: cos and sin of (1-t) w mix those of t w, in the first layer that sees them; the sign into the last."""
+    nested = state.get("ema" if ema else "model")
+    state = {re.sub(r"^module\.", "", k): v for k, v in (nested or state).items() if torch.is_tensor(v)}
+    if "x_embedder.proj.weight" not in state:
+        raise UserError(f"{path} holds no SiT; its first keys are {', '.join(list(state)[:3])}")
+    width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    heads = {(d, w): h for d, w, h in SIT_SIZES.values()}.get((depth, width), width // 64)
+    mean, std = (torch.zeros(4), torch.full((4,), 1 / 0.18215)) if channels == 4 else (None, None)
+    if "bn.running_mean" in state:                          # REPA-E's batch norm of the latents
+        mean, std = state["bn.running_mean"], (state["bn.running_var"] + 1e-4).sqrt()
+    state = {k: v.float() for k, v in state.items() if not k.startswith("bn.")}
+    config = dict(patch=patch, channels=channels, latent_size=patch * math.isqrt(state["pos_embed"].shape[1]), depth=depth,
+                  width=width, heads=heads, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, repa_block=8,
+                  vfm_dim=len(state["projectors.0.4.bias"]) if "projectors.0.4.bias" in state else None)
+    form = "REPA" if config["vfm_dim"] else "SiT"
+    if len(state["final_layer.linear.bias"]) == patch * patch * channels * 2:
+        form = "original SiT, time and sign turned, variance dropped"
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            value = state[name]
+            state[name] = -value.view(patch * patch, 2 * channels, -1)[:, :channels].reshape(-1, *value.shape[1:])
+        first = "t_embedder.mlp.0.weight"
+        half = state[first].shape[1] // 2
+        omega = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+        cos, sin = state[first].double().split(half, dim=1)
+        state[first] = torch.cat([cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()], 1).float()
+    info = dict(format=form, step=None, classes=[], vae_hash=None, vae_path=None, latent_mean=mean is not None and mean.tolist(),
+                latent_std=std is not None and std.tolist())
+    return state, config, info
+
+
+def export_vae(vae, kind, path):
+    """Writes a VAE for other code. 'diffusers': a folder that AutoencoderKL.from_pretrained opens, whose latents_mean,
+    latents_std and scaling_factor 1 normalise as we do; 'ldm': one checkpoint with a `state_dict` in LDM's names."""
+    state = {k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
+    if kind == "ldm":
+        return torch.save(dict(state_dict=state), path)
+    from safetensors.torch import save_file
+    c, levels = vae.config, len(vae.config["ch_mult"])
+    attn = [i in c["attn_levels"] for i in range(levels)]
+    config = dict(
+        _class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3, latent_channels=vae.channels,
+        block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
+        norm_num_groups=c["groups"], sample_size=vae.resolution, scaling_factor=1.0, shift_factor=None,
+        latents_mean=vae.latent_mean.tolist(), latents_std=vae.latent_std.tolist(),
+        down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
+        up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attn)])
+    os.makedirs(path, exist_ok=True)
+    with open(os.path.join(path, "config.json"), "w") as file:
+        json.dump(config, file, indent=1)
+    state = {diffusers_name(k, levels): v[:, :, 0, 0] if ".attn" in k and v.ndim == 4 else v for k, v in state.items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(path, "diffusion_pytorch_model.safetensors"),
+              metadata=dict(format="pt"))
 
 
 def read_ours(path, kind):
@@ -696,20 +894,68 @@ def load_strictly(model, state, path):
 
 
 def load_vae(path, device="cpu"):
-    """The VAE that a file (or a run's folder) describes, in eval mode; `vae.info` tells where it came from."""
-    path = os.path.join(path, "vae.safetensors") if os.path.isdir(path) else os.fspath(path)
-    state, config, info = read_ours(path, "vae")
+    """The VAE that a file, a run's folder, a published checkpoint or hf:<owner>/<repository> describes, in eval mode;
+    `vae.info` tells where it came from."""
+    state, config, info, path = read_vae(path)
     vae = load_strictly(VAE(**config), state, path)
     vae.info = dict(info, path=path, hash=state_hash(state))
     return vae.to(device).eval()
 
 
 def load_sit(path, device="cpu", ema=True):
-    """The SiT that a file (or a run's folder) describes, in eval mode: its EMA weights, or the raw ones that the run's
-    folder holds beside them. `sit.info` tells where it came from and which VAE it belongs to."""
-    path = os.path.join(path, "sit.safetensors") if os.path.isdir(path) else os.fspath(path)
-    path = path if ema else os.path.join(os.path.dirname(path), "sit_raw.safetensors")
-    state, config, info = read_ours(path, "sit")
+    """The SiT that a file, a run's folder, a published checkpoint or hf:<owner>/<repository>/<file> describes, in eval
+    mode: its EMA weights, or the raw ones. `sit.info` tells where it came from and which VAE it belongs to."""
+    path = fetch(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "sit.safetensors" if ema else "sit_raw.safetensors")
+    elif not ema and os.path.basename(path) == "sit.safetensors":
+        path = os.path.join(os.path.dirname(path), "sit_raw.safetensors")
+    state, metadata = read_weights(path)
+    state, config, info = read_ours(path, "sit") if "kind" in metadata else read_published_sit(state, path, ema)
     sit = load_strictly(SiT(**config), state, path)
     sit.info = dict(info, path=path, hash=state_hash(state), weights="ema" if ema else "raw")
     return sit.to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python models.py info FILE | python models.py export VAE --to diffusers DIR | python models.py export VAE --to ldm FILE
+
+def describe(path):
+    """What a file is, as lines of text."""
+    folder = os.path.isdir(path)
+    sit = os.path.join(path, "sit.safetensors") if folder else path
+    if os.path.isfile(sit) and read_weights(sit)[1].get("kind") == "sit":
+        net, kind = load_sit(sit), "SiT"
+    else:
+        net, kind = load_vae(path), "VAE"
+    lines = [f"{kind}, {net.info.get('format', 'ours')} format: {net.info['path']}", f"architecture  {json.dumps(net.config)}",
+             f"parameters    {sum(p.numel() for p in net.parameters()):,}", f"hash          {net.info['hash']}"]
+    if kind == "VAE":
+        lines += [f"latent mean   {[round(v, 4) for v in net.latent_mean.tolist()]}",
+                  f"latent std    {[round(v, 4) for v in net.latent_std.tolist()]}"]
+    skip = ("path", "hash", "arguments", "classes")
+    return "\n".join(lines + [f"{k:13} {v}" for k, v in net.info.items() if k not in skip])
+
+
+def main():
+    p = argparse.ArgumentParser(description="What a weight file is; a VAE for other code.")
+    commands = p.add_subparsers(dest="command", required=True)
+    q = commands.add_parser("info", help="format, architecture, latent statistics, hash, origin")
+    q.add_argument("path", help="file, folder or hf:<owner>/<repository>")
+    q = commands.add_parser("export", help="a VAE in the format of diffusers or LDM")
+    q.add_argument("path", help="file, folder or hf:<owner>/<repository>")
+    q.add_argument("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="diffusers DIR, or ldm FILE")
+    args = p.parse_args()
+    if args.command == "info":
+        return print(describe(args.path))
+    if args.to[0] not in ("diffusers", "ldm"):
+        raise UserError(f"--to {args.to[0]}: the formats are diffusers and ldm")
+    export_vae(load_vae(args.path), *args.to)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"models.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -104,13 +104,21 @@ def draw(sit, vae, ids, labels, seed, precision, sampler="sde", steps=250, cfg=2
 # Loading, labels, sets
 
 def load_pair(sit_path, vae_path, device, ema=True):
-    """-> SiT and the VAE it was trained on; another VAE is refused."""
+    """-> SiT and the VAE it was trained on; another VAE is refused. A published SiT knows no VAE's hash, but may hold the
+    latent statistics it was trained with, which then count."""
     sit = load_sit(sit_path, device, ema)
     where = vae_path or sit.info["vae_path"]
-    if not vae_path and not os.path.exists(where):
-        raise UserError(f"{sit_path} was trained on the VAE {where}, which is not there; name it with --vae")
+    if not where or not vae_path and not os.path.exists(where):
+        raise UserError(f"{sit_path} was trained on the VAE {where or 'of its paper'}, which is not there; name it with --vae")
     vae = load_vae(where, device)
-    if vae.info["hash"] != sit.info["vae_hash"]:
+    if sit.info["vae_hash"] is None:
+        if sit.channels != vae.channels:
+            raise UserError(f"{sit_path} needs latents of {sit.channels} channels, but {where} has {vae.channels}")
+        if sit.info["latent_mean"]:
+            vae.latent_mean.copy_(torch.tensor(sit.info["latent_mean"]))
+            vae.latent_std.copy_(torch.tensor(sit.info["latent_std"]))
+        vae.set_resolution(sit.latent_size * vae.factor)
+    elif vae.info["hash"] != sit.info["vae_hash"]:
         raise UserError(f"{where} (hash {vae.info['hash']}) is not the VAE that {sit_path} was trained on (hash "
                         f"{sit.info['vae_hash']}, then at {sit.info['vae_path']}): its latents mean something else")
     return sit, vae

@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import normal, say, uniform
-from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_vae
+from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_discriminator, load_vae
 
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
-        "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "resume"}
+        "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
+        "resume"}
 
 
 def parse_arguments(argv=None):
@@ -41,7 +42,9 @@ def parse_arguments(argv=None):
     g.add_argument("--ch", type=int, default=128, help="base width")
     g.add_argument("--ch-mult", type=int, nargs="+", help="width multipliers, one a level (default: the spec's)")
     g.add_argument("--num-res-blocks", type=int, default=2, help="a level (the decoder has one more)")
-    g.add_argument("--init", help="vae.safetensors or run folder to start from; it decides the architecture")
+    g.add_argument("--init", help="VAE to start from: ours, LDM's, diffusers' or hf:<owner>/<repository>; it decides the "
+                   "architecture")
+    g.add_argument("--init-disc", help="checkpoint whose discriminator to start from")
     g.add_argument("--freeze", action="store_true", help="train the mapper only: what a VAE's latents give as they are")
     g = p.add_argument_group("alignment")
     g.add_argument("--align", type=float, default=1.0, help="weight lambda; 0: no vision model and no mapper")
@@ -241,7 +244,8 @@ def main():
         lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
     if args.gan:
         torch.manual_seed(args.seed + 2)
-        disc = common.sync_batch_norms(PatchDiscriminator()).to(device, memory_format=common.layout(device))
+        disc = load_discriminator(args.init_disc).train() if args.init_disc else PatchDiscriminator()
+        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
     if args.freeze and not args.align:
         raise UserError("--freeze trains the mapper only, but --align 0 builds none")
     net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
