@@ -1,7 +1,7 @@
 """All of Send-VAE in ten minutes on two CPU cores, with nothing downloaded. Also the tutorial: each command it runs is
 printed first, and can be typed by hand.
 
-    python demo.py                                  # draws 8,800 pictures of objects, trains every stage on them
+    python demo.py                                  # draws 6,600 pictures of objects, trains every stage on them
     python demo.py --data my_pictures               # the same on a folder of <class>/<picture>
     python demo.py --vfm vit_small_patch14_dinov2.lvd142m       # a real vision model from the hub instead of the stand-in
 
@@ -28,14 +28,14 @@ from models import load_vae
 from tools.pictures import draw_pictures
 
 OUT = "runs/demo"
-STAND_IN = dict(name="test_byobnet", stride=8)              # a tiny timm CNN; its map at stride 8 is the token grid
+STAND_IN = dict(name="test_resnet", stride=8)               # a tiny timm CNN; its map at stride 8 is the token grid
 SIZE, GRID = 32, 8                                          # pictures of 32 x 32, latents and tokens 8 x 8 (an f4 VAE)
 VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1 --recon l1 --lpips 0 --gan 0
-    --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 16 --steps 450 --lr 2e-3 --lr-schedule cosine
-    --warmup 50 --ema 0.97 --stats-images 2000 --val-images 400 --sample-every 150"""
-SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 64 --steps 1200 --lr 2e-3
-    --warmup 50 --ema 0.99 --sample-every 400"""
-SAMPLE_FLAGS = "--num 256 --batch-size 64 --sampler ode --steps 40 --cfg 2 --interval 0 1"
+    --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 8 --steps 550 --lr 2e-3 --lr-schedule cosine
+    --warmup 50 --ema 0.98 --stats-images 2000 --val-images 400 --sample-every 350"""
+SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 64 --steps 1100 --lr 2e-3
+    --warmup 50 --ema 0.99 --sample-every 1100"""
+SAMPLE_FLAGS = "--num 256 --batch-size 64 --sampler ode --steps 40 --cfg 3 --interval 0 1"
 
 
 def parse_arguments():
@@ -73,13 +73,13 @@ def build_stand_in(classes):
 
 
 def stand_in_forward(model, layer, x):
-    """uint8 (B,3,S,S) -> features of the last layer (B,E), mean token (B,D); scaled to [-1,1] as timm's test models."""
+    """uint8 (B,3,S,S) -> features of the last layer (B,E), mean token (B,D); test_resnet's inputs are in [-1,1]."""
     x = F.interpolate(common.from_uint8(x), (GRID * STAND_IN["stride"],) * 2, mode="bicubic")
     x, (tokens,) = model.forward_intermediates(x, indices=[layer], norm=False, output_fmt="NCHW")
     return model.forward_head(x, pre_logits=True), tokens.mean((2, 3))
 
 
-def train_stand_in(train, val, path, steps=600, batch=64, peak=4e-3):
+def train_stand_in(train, val, path, steps=300, batch=64, peak=4e-3):
     """Trains the stand-in to tell classes and attributes, also from its mean token, so that tokens hold what pictures
     differ in (one class without attributes: to tell quarter turns), and writes its weights in timm's own key names."""
     x, attributes = load_all(train)
@@ -181,7 +181,7 @@ def main():
         if not os.path.exists(f"{OUT}/samples_{name}.npz"):
             call("sample.py", SAMPLE_FLAGS, sit=f"{OUT}/sit_{name}", out=f"{OUT}/samples_{name}.npz")
 
-    chosen = np.linspace(0, len(held_out) - 1, 16).astype(int)
+    chosen = np.linspace(0, len(held_out) - 1, 12).astype(int)
     originals = torch.from_numpy(np.stack([held_out.load(i, SIZE) for i in chosen])).permute(0, 3, 1, 2)
     rows, classes = [originals, *(reconstruct(f"{OUT}/vae_{name}", originals) for name in names)], len(data.classes)
     table = []
@@ -189,12 +189,12 @@ def main():
         with np.load(f"{OUT}/samples_{name}.npz") as file:
             pictures, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
         for k in range(4):                                  # 4 rows; class j fills the columns 2j and 2j+1
-            rows.append(torch.stack([pictures[labels == j % classes][2 * k + i] for j in range(8) for i in (0, 1)]))
+            rows.append(torch.stack([pictures[labels == j % classes][2 * k + i] for j in range(6) for i in (0, 1)]))
         told = stand_in_accuracy(stand_in, pictures, labels, classes) if classes > 1 else float("nan")
         table.append((title, last(f"{OUT}/vae_{name}", "val_psnr"), last(f"{OUT}/vae_{name}", "val_align"), told))
     common.save_grid(f"{OUT}/demo.png", rows)
     print(f"\n{OUT}/demo.png: originals; reconstructions of {names['send']} and of the VAE with {names['plain']}; then 4 rows of "
-          f"samples of\neach, two columns a class: {', '.join(data.classes[:8])}\n")
+          f"samples of\neach, two columns a class: {', '.join(data.classes[:6])}\n")
     print(f"{'VAE':14} {'PSNR, dB':>9} {'1 - cosine':>11} {'samples told as their class by the stand-in':>45}")
     for title, psnr, align, told in table:
         print(f"{title:14} {psnr:9.2f} {f'{align:11.3f}' if align else '          -'} {told:45.1%}")

@@ -515,9 +515,11 @@ class VFM(nn.Module):
         size = dict(img_size=self.input_size) if hasattr(plan, "num_prefix_tokens") else {}
         source = {}
         if weights:
-            if not os.path.isfile(weights):
-                raise UserError(f"--vfm-weights {weights}: no such file")
-            source = dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False))
+            state = read_weights(weights)[0]
+            heads = plan.pretrained_cfg.get("classifier") or ()
+            heads = [state[f"{h}.weight"] for h in ([heads] if isinstance(heads, str) else heads) if f"{h}.weight" in state]
+            classes = len(heads[0]) if heads else 0         # with its own head a file must fit in full: timm loads strictly
+            source = dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state, num_classes=classes))
         try:
             self.model = timm.create_model(name, pretrained=True, **size, **source)
         except Exception as error:

@@ -6,6 +6,7 @@ import re
 
 import diffusers
 import lpips
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 import models
 import sample
+import train_vae
+from conftest import script
 
 SMALL = dict(f8d4=dict(ch=32, ch_mult=(1, 2, 2, 2)), f16d32=dict(ch=32, ch_mult=(1, 1, 2, 2, 2)))
 
@@ -292,6 +295,23 @@ def test_repa_checkpoints_bring_projector_and_latent_statistics(tmp_path):
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(models.UserError, match="blocks.0.attn.qkv.bias is missing; blocks.0.attn.q_norm.weight is unexpected"):
         models.load_sit(tmp_path / "bad.pt")
+
+
+def test_published_pair_through_the_scripts(tmp_path, monkeypatch, pictures):
+    """sample.py --sit and --vae, and train_vae.py --init and --init-disc, on files in the published formats."""
+    monkeypatch.chdir(tmp_path)
+    _, state = original_sit()
+    torch.save(dict(ema=state, model=state), "SiT.pt")
+    vae = small_vae("f8d4")
+    disc = {f"loss.discriminator.{k}": v for k, v in models.PatchDiscriminator().state_dict().items()}
+    torch.save(dict(state_dict={k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")} | disc), "kl-f8.ckpt")
+    script(sample, "--sit", "SiT.pt", "--vae", "kl-f8.ckpt", "--num", 3, "--steps", 3, "--out", "x.npz", "--precision", "fp32")
+    with np.load("x.npz") as file:
+        assert file["arr_0"].shape == (3, 64, 64, 3) and '"sit_hash"' in str(file["settings"])
+    script(train_vae, "--init", "kl-f8.ckpt", "--init-disc", "kl-f8.ckpt", "--data", pictures, "--resolution", 32, "--align", 0,
+           "--lpips", 0, "--batch-size", 4, "--steps", 1, "--lr", 0, "--workers", 0)
+    trained = models.load_vae("runs/vae").state_dict()
+    assert all(torch.equal(v, trained[k]) for k, v in vae.state_dict().items() if not k.startswith("latent_"))
 
 
 # ---- vision models ---------------------------------------------------------------------------------------------------

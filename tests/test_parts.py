@@ -281,6 +281,8 @@ def test_attention_is_softmax_of_scaled_products():
 
 def test_mapper_gradient_reaches_the_encoder_and_not_the_vision_model(vfm_weights):
     vae = models.VAE("f4d4", 32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1)
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.1)                   # zero-initialised branches would stop gradients
     vfm = models.VFM("test_vit", vfm_weights, 32, grid=4)
     mapper = models.Mapper(4, 8, 2, vfm.dim, 1, hidden=32)
     x = torch.rand(4, 3, 32, 32) * 2 - 1

@@ -23,20 +23,14 @@ def circle(radius):
 
 def outlines():
     """Name -> (N,2) corners of the shape when upright: x right, y down, reaching about 1 from the centre."""
-    spokes = np.arange(10) * math.pi / 5
-    star = np.where(np.arange(10) % 2, 0.48, 1.1)[:, None] * np.stack([np.sin(spokes), -np.cos(spokes)], 1)
-    a = np.linspace(0, 2 * math.pi, 49)
-    heart = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], 1)
     b = 0.33  # half the width of the cross's bars
     return {
         "arrow": np.array([(-1, -.3), (.05, -.3), (.05, -.85), (1.05, 0), (.05, .85), (.05, .3), (-1, .3)]),
         "cross": np.array([(-b, -1), (b, -1), (b, -b), (1, -b), (1, b), (b, b), (b, 1), (-b, 1), (-b, b), (-1, b),
                            (-1, -b), (-b, -b)]),
         "disc": circle(0.95),
-        "heart": heart / 16 - (0, 0.1),
         "ring": circle(1),  # draw_picture makes the hole
         "square": np.array([(-.82, -.82), (.82, -.82), (.82, .82), (-.82, .82)]),
-        "star": star,
         "triangle": np.array([(0, -1), (1, .75), (-1, .75)]),
     }
 
@@ -44,8 +38,8 @@ def outlines():
 SHAPES = outlines()
 COLOURS = {"Red": (215, 35, 35), "Yellow": (240, 200, 20), "Green": (35, 165, 60), "Cyan": (40, 200, 220),
            "Blue": (45, 70, 220), "Magenta": (205, 50, 185)}
-TEXTURES = ["Solid", "Striped", "Dotted"]
-BACKGROUNDS = ["Plain_Background", "Gradient_Background", "Checker_Background"]
+TEXTURES = ["Solid", "Striped"]
+BACKGROUNDS = ["Plain_Background", "Gradient_Background"]
 ATTRIBUTES = [s.capitalize() for s in SHAPES] + list(COLOURS) + TEXTURES + BACKGROUNDS + ["Large", "Left", "Top", "Tilted"]
 
 
@@ -68,9 +62,9 @@ def draw_picture(shape, size, rng):
     names = {shape.capitalize(), colour, texture, background}
     names |= {name for name, on in zip(("Large", "Left", "Top", "Tilted"), (large, left, top, tilted)) if on}
 
-    # Geometry in pixels of a 32 x 32 picture. Up to 32 degrees: a star looks upright again at 72, a square at 90.
-    radius = rng.uniform(10, 12) if large else rng.uniform(6.5, 8)
-    x, y = 16 + rng.uniform(2, 15.5 - radius, 2) * np.where([left, top], -1, 1)
+    # Geometry in pixels of a 32 x 32 picture. Up to 32 degrees: a square looks upright again at 90.
+    radius = rng.uniform(11.5, 13) if large else rng.uniform(8, 9.5)
+    x, y = 16 + rng.uniform(1, 15.5 - radius, 2) * np.where([left, top], -1, 1)
     angle = math.radians(rng.choice([-1, 1]) * (rng.uniform(18, 32) if tilted else rng.uniform(0, 3)))
     c, s = math.cos(angle), math.sin(angle)
     scale = 4 * size / 32  # drawn four times too large; averaging 4 x 4 pixels smooths the edges
@@ -89,27 +83,19 @@ def draw_picture(shape, size, rng):
         first, second = muted(rng, low, low + 15), muted(rng, high - 15, high)
         direction = rng.uniform(0, 2 * math.pi)
         mix = 0.5 + ((right - 16) * math.cos(direction) + (down - 16) * math.sin(direction)) / 40
-    elif background == "Checker_Background":
-        first, second = muted(rng, low, low + 20), muted(rng, high - 20, high)
-        dx, dy = rng.uniform(0, 16, 2)
-        mix = ((right + dx) // 8 + (down + dy) // 8) % 2
     else:
         mix = np.zeros((size, size))
     mix = mix.clip(0, 1)[..., None]
     picture = first * (1 - mix) + second * mix
 
-    # Object, and its stripes or dots in a paler or darker tone of its colour: away from the background's.
+    # Object, and its stripes in a paler or darker tone of its colour: away from the background's.
     colour = np.array(COLOURS[colour], float)
     picture += shrink(mask) * (colour - picture)
     if texture != "Solid":
         mask = np.asarray(mask)
         right = (np.arange(4 * size) + 0.5) / scale
         down = right[:, None]
-        across, along = (right - x) * c + (down - y) * s, (down - y) * c - (right - x) * s
-        if texture == "Striped":
-            marks = along % 5 < 2.5
-        else:
-            marks = ((across + 2.5) % 5 - 2.5) ** 2 + ((along + 2.5) % 5 - 2.5) ** 2 < 1.7 ** 2
+        marks = ((down - y) * c - (right - x) * s) % 5 < 2.5
         tone = colour * 0.3 + 255 * 0.7 if dark else colour * 0.35
         picture += shrink(Image.fromarray(mask * marks)) * (tone - colour)
     return picture.round().clip(0, 255).astype(np.uint8), names
