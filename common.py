@@ -155,6 +155,12 @@ def sync_gradients(model, on):
     return contextlib.nullcontext() if on or world() == 1 else model.no_sync()
 
 
+def learning_rate(args, step, total):
+    """--lr after --warmup steps, and with --lr-schedule cosine down to 0 at the end."""
+    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+    return rate * 0.5 * (1 + np.cos(np.pi * step / total)) if args.lr_schedule == "cosine" else rate
+
+
 def guarded_step(optimizer, params, limit, step, bad_step):
     """Clips the gradient norm, steps and clears -> the norm before clipping (a tensor; nothing waits for the device).
     A step whose norm is not finite leaves the weights alone; `bad_step`, a tensor, then becomes its number."""

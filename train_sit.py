@@ -59,6 +59,7 @@ def parse_arguments(argv=None):
     g.add_argument("--epochs", type=float, default=80)
     g.add_argument("--steps", type=int, help="instead of --epochs")
     g.add_argument("--lr", type=float, default=1e-4)
+    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
     g.add_argument("--warmup", type=int, default=0, help="steps")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     g.add_argument("--ema", type=float, default=0.9999, help="decay")
@@ -217,7 +218,8 @@ def main():
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
     if state is not None:
-        common.compare_flags(state["arguments"], args, FREE, args.out)
+        free = FREE - {"steps", "epochs"} if args.lr_schedule == "cosine" else FREE
+        common.compare_flags(state["arguments"], args, free, args.out)
         if state["vae_hash"] != vae.info["hash"]:
             raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
                             f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
@@ -301,7 +303,7 @@ def main():
                 flow = F.mse_loss(predicted, v)
                 ((flow + args.repa * repa) / args.accum).backward()
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
         losses[2] = common.guarded_step(optimizer, params, args.clip, step, bad_step)
         common.ema_update(ema, net, args.ema)
         losses[-1] = 1

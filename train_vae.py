@@ -121,11 +121,6 @@ class SendVAE(nn.Module):
         return self.vae.decode(z) if self.decode else None, mean, logvar, tokens
 
 
-def learning_rate(args, step, total):
-    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
-    return rate * 0.5 * (1 + math.cos(math.pi * step / total)) if args.lr_schedule == "cosine" else rate
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurements and pictures
 
@@ -381,7 +376,7 @@ def main():
                 (loss / args.accum).backward()
             losses[:5] += torch.stack([term.detach() for term in terms]) / args.accum
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, total)
+            group["lr"] = common.learning_rate(args, step, total)
         losses[6] = common.guarded_step(optimizer, params, args.clip, step, bad_step)
         if gan:
             for i, y in enumerate(fakes):
@@ -390,7 +385,7 @@ def main():
                     loss = hinge_loss(judge(x), judge(y))
                     (loss / args.accum).backward()
                 losses[5] += loss.detach() / args.accum
-            disc_optimizer.param_groups[0]["lr"] = learning_rate(args, step, total)
+            disc_optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
             common.guarded_step(disc_optimizer, list(disc.parameters()), args.clip, step, bad_step)
         if args.ema:
             common.ema_update(ema, net, args.ema)
