@@ -31,11 +31,11 @@ OUT = "runs/demo"
 STAND_IN = dict(name="test_resnet", stride=8)               # a tiny timm CNN; its map at stride 8 is the token grid
 SIZE, GRID = 32, 8                                          # pictures of 32 x 32, latents and tokens 8 x 8 (an f4 VAE)
 VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1 --recon l1 --lpips 0 --gan 0
-    --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 8 --steps 550 --lr 2e-3 --lr-schedule cosine
-    --warmup 50 --ema 0.98 --stats-images 2000 --val-images 400 --sample-every 350"""
-SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 64 --steps 1100 --lr 2e-3
-    --warmup 50 --ema 0.99 --sample-every 1100"""
-SAMPLE_FLAGS = "--num 256 --batch-size 64 --sampler ode --steps 40 --cfg 3 --interval 0 1"
+    --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 8 --steps 600 --lr 2e-3 --lr-schedule cosine
+    --warmup 50 --ema 0.98 --stats-images 2000 --val-images 400 --sample-every 600 --workers 1"""
+SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 64 --steps 1200 --lr 2e-3
+    --lr-schedule cosine --warmup 50 --ema 0.99 --sample-every 1200 --workers 1"""
+SAMPLE_FLAGS = "--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 2.5 --interval 0 1"
 
 
 def parse_arguments():
@@ -127,14 +127,30 @@ def stand_in_accuracy(path, pictures, labels, classes):
 # ----------------------------------------------------------------------------------------------------------------------
 # The tutorial
 
-def call(script, flags, **paths):
-    """Runs a stage as a command, printed as one would type it. Finished stages say so and return at once."""
-    words = [script, *(w for k, v in paths.items() if v is not None for w in (f"--{k.replace('_', '-')}", str(v))), *flags.split()]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
+def command(script, flags, **paths):
+    """The words of a stage's command, as one would type them after `python`."""
+    named = [w for k, v in paths.items() if v is not None for w in (f"--{k.replace('_', '-')}", str(v))]
+    return [script, *named, *flags.split()]
+
+
+def call(*commands):
+    """Runs commands side by side, each with its share of the cores: small networks gain little from a second one. The
+    first writes to the terminal, the others to a log. Finished stages say so and return at once."""
     here = os.path.dirname(os.path.abspath(__file__))
-    code = subprocess.run([sys.executable, os.path.join(here, script), *words[1:]]).returncode
-    if code:
-        sys.exit(code)
+    share = max(1, len(os.sched_getaffinity(0)) // len(commands))
+    running = []
+    for i, words in enumerate(commands):
+        print(f"\n$ python {shlex.join(words)}" + (f"      # beside it; its output: {OUT}/log.txt" if i else ""), flush=True)
+        out = open(f"{OUT}/log.txt", "a") if i else None
+        running.append(subprocess.Popen([sys.executable, os.path.join(here, words[0]), *words[1:]], stdout=out, stderr=out,
+                                        env=dict(os.environ, OMP_NUM_THREADS=str(share))))
+    for i, process in enumerate(running):
+        if process.wait():
+            for other in running:
+                other.kill()
+            if i:
+                print(f"demo.py: error: {shlex.join(commands[i])} failed; its output is in {OUT}/log.txt", file=sys.stderr)
+            sys.exit(process.returncode)
 
 
 def last(folder, key):
@@ -171,15 +187,12 @@ def main():
         teacher = dict(vfm=args.vfm, vfm_weights=args.vfm_weights, vfm_stride=args.vfm_stride)
 
     names = dict(send="Send-VAE", plain="no alignment")
-    for name in names:
-        if name == "send":
-            call("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_{name}", **teacher)
-        else:
-            call("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_{name}", align=0)
-    for name in names:
-        call("train_sit.py", SIT_FLAGS, data=train, vae=f"{OUT}/vae_{name}", out=f"{OUT}/sit_{name}")
-        if not os.path.exists(f"{OUT}/samples_{name}.npz"):
-            call("sample.py", SAMPLE_FLAGS, sit=f"{OUT}/sit_{name}", out=f"{OUT}/samples_{name}.npz")
+    call(command("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_send", **teacher),
+         command("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_plain", align=0))
+    call(*(command("train_sit.py", SIT_FLAGS, data=train, vae=f"{OUT}/vae_{n}", out=f"{OUT}/sit_{n}") for n in names))
+    if not all(os.path.exists(f"{OUT}/samples_{n}.npz") for n in names):
+        call(*(command("sample.py", SAMPLE_FLAGS + " --overwrite", sit=f"{OUT}/sit_{n}", out=f"{OUT}/samples_{n}.npz")
+               for n in names))
 
     chosen = np.linspace(0, len(held_out) - 1, 12).astype(int)
     originals = torch.from_numpy(np.stack([held_out.load(i, SIZE) for i in chosen])).permute(0, 3, 1, 2)
