@@ -567,8 +567,9 @@ class RunLog:
             self.file.flush()
 
     def note(self, step, values):
-        """A line of measurements other than the losses."""
+        """A line of measurements other than the losses, also said."""
         if self.main:
+            say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
             self.file.write(json.dumps(dict(step=step, **values)) + "\n")
             self.file.flush()
 

@@ -30,7 +30,7 @@ from sample import draw
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
         "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_steps",
-        "preview_cfg"}
+        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights"}
 
 
 def parse_arguments(argv=None):
@@ -71,8 +71,13 @@ def parse_arguments(argv=None):
     g.add_argument("--log-every", type=int, default=100, help="steps")
     g.add_argument("--sample-every", type=int, default=10000, help="steps between previews")
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
-    g.add_argument("--preview-steps", type=int, default=50, help="of the previews' ODE sampler")
+    g.add_argument("--preview-steps", type=int, default=50, help="of the ODE sampler of previews and --fid-every")
     g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
+    g = p.add_argument_group("FID during training, of EMA samples without guidance")
+    g.add_argument("--fid-every", type=int, default=0, help="steps; 0: never")
+    g.add_argument("--fid-num", type=int, default=5000, help="pictures; few pictures give a higher FID than 50,000")
+    g.add_argument("--fid-ref", help="reference as for fid.py (default: --data)")
+    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
     common.add_run_arguments(p)
     return p.parse_args(argv)
 
@@ -249,6 +254,17 @@ def main():
         f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     shape = (vae.channels, vae.latent_size, vae.latent_size)
 
+    measure = None
+    if args.fid_every:
+        from fid import training_measure                    # only here: most runs do without Inception
+        measure = training_measure(args.fid_ref or args.data, device, args.inception_weights, vae.resolution, args.workers)
+
+    def set_batches(count, size=64):
+        """This process's share of `count` pictures, as many of each class: (ids (b,), uint8 (b,3,H,W))."""
+        for k in range(common.rank() * size, count, common.world() * size):
+            ids = torch.arange(k, min(k + size, count), device=device)
+            yield ids, draw(ema, vae, ids, ids % len(data.classes), args.seed, precision, "ode", args.preview_steps, cfg=1.0)
+
     def save(step):
         common.gather_mean(running)
         with common.saving(args.out, final=step == total):
@@ -277,6 +293,8 @@ def main():
             labels = (ids // 8 * len(data.classes) // 8) if len(data.classes) > 8 else ids // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
             common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(8))
+        if measure and (step == total or step % args.fid_every == 0 and step > start):
+            log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if step == total:
             break
 

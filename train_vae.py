@@ -15,6 +15,7 @@ import copy
 import math
 import os
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
         "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
-        "resume"}
+        "resume", "fid_every", "fid_num", "fid_ref", "inception_weights"}
 
 
 def parse_arguments(argv=None):
@@ -83,6 +84,11 @@ def parse_arguments(argv=None):
     g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures")
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     g.add_argument("--stats-images", type=int, help="for the final latent statistics (default: all; 4000 at checkpoints)")
+    g = p.add_argument_group("rFID during training, of EMA reconstructions of --val")
+    g.add_argument("--fid-every", type=int, default=0, help="steps; 0: never")
+    g.add_argument("--fid-num", type=int, default=5000, help="pictures; few pictures give a higher rFID than 50,000")
+    g.add_argument("--fid-ref", help="reference as for fid.py (default: --val)")
+    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
     common.add_run_arguments(p)
     return p.parse_args(argv)
 
@@ -300,6 +306,23 @@ def main():
     say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
         f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
 
+    measure = None
+    if args.fid_every:
+        if val_data is None:
+            raise UserError("--fid-every measures reconstructions of held-out pictures: name their folder with --val")
+        from fid import training_measure                    # only here: most runs do without Inception
+        measure = training_measure(args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers)
+        fid_num = min(args.fid_num, len(val_data))
+
+    def reconstructed(count, size=64):
+        """This process's share of `count` held-out pictures, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
+        for k in range(common.rank() * size, count, common.world() * size):
+            index = torch.arange(k, min(k + size, count))
+            x = np.stack([val_data.load(i * len(val_data) // count, args.resolution) for i in index.tolist()])
+            with torch.no_grad(), common.autocast(device, precision):
+                mean, _ = ema.vae.encode(common.from_uint8(torch.from_numpy(x).permute(0, 3, 1, 2).to(device)))
+                yield index.to(device), common.to_uint8(ema.vae.decode(mean))
+
     def save(step, final=False):
         """Latent statistics, measurements, vae.safetensors and the checkpoint."""
         module = ema.eval()
@@ -309,9 +332,7 @@ def main():
             owner.vae.latent_mean.copy_(mean)
             owner.vae.latent_std.copy_(std)
         if val_data is not None:
-            values = validate(module, vfm, val_data, args, device, precision)
-            log.note(step, values)
-            say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            log.note(step, validate(module, vfm, val_data, args, device, precision))
         ema.train(ema is net)
         common.gather_mean(running)
         with common.saving(args.out, final):
@@ -337,6 +358,8 @@ def main():
             draw_pictures(ema.vae, val_data or data, step, args, device, precision)
         if due:
             save(step, final=step == total)
+        if measure and (step == total or step % args.fid_every == 0 and step > start):
+            log.note(step, {f"r{k}": v for k, v in measure(reconstructed(fid_num), fid_num).items() if k == "fid"})
         if step == total:
             break
 
