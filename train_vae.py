@@ -28,7 +28,7 @@ from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
         "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
-        "resume", "fid_every", "fid_num", "fid_ref", "inception_weights"}
+        "resume", "probe_every", "probe_data", "fid_every", "fid_num", "fid_ref", "inception_weights"}
 
 
 def parse_arguments(argv=None):
@@ -84,6 +84,8 @@ def parse_arguments(argv=None):
     g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures")
     g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     g.add_argument("--stats-images", type=int, help="for the final latent statistics (default: all; 4000 at checkpoints)")
+    g.add_argument("--probe-every", type=int, default=0, help="steps between linear probes of --probe-data; 0: never")
+    g.add_argument("--probe-data", help="folder of a benchmark (see probe.py): F1 of a small probe on its attributes")
     g = p.add_argument_group("rFID during training, of EMA reconstructions of --val")
     g.add_argument("--fid-every", type=int, default=0, help="steps; 0: never")
     g.add_argument("--fid-num", type=int, default=5000, help="pictures; few pictures give a higher rFID than 50,000")
@@ -314,6 +316,13 @@ def main():
         measure = training_measure(args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers)
         fid_num = min(args.fid_num, len(val_data))
 
+    bench = None
+    if args.probe_every:
+        if not args.probe_data:
+            raise UserError("--probe-every needs --probe-data, a benchmark's folder")
+        import probe
+        bench = probe.read_benchmarks(probe.parse_arguments(["--data", args.probe_data, "--task", "attributes"]))[0]
+
     def reconstructed(count, size=64):
         """This process's share of `count` held-out pictures, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
         for k in range(common.rank() * size, count, common.world() * size):
@@ -358,6 +367,8 @@ def main():
             draw_pictures(ema.vae, val_data or data, step, args, device, precision)
         if due:
             save(step, final=step == total)
+        if bench and (step == total or step % args.probe_every == 0 and step > start) and common.rank() == 0:
+            log.note(step, probe.quick_probe(ema.vae, bench, precision=precision))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
             log.note(step, {f"r{k}": v for k, v in measure(reconstructed(fid_num), fid_num).items() if k == "fid"})
         if step == total:
