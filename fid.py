@@ -100,7 +100,7 @@ class Inception(tv.Inception3):
         self.about = dict(name="Inception", weights=file_hash(path), resize="TensorFlow 1 bilinear to 299x299")
         self.about["published"] = self.about["weights"].startswith(WEIGHTS[-12:-4])
         if not self.about["published"]:
-            say(f"warning: {path} is not {WEIGHTS}: numbers made with it are comparable with each other only")
+            say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
         self.eval().requires_grad_(False)
         for name, m in list(self.named_modules()):
             if isinstance(m, tv.BasicConv2d):

@@ -1,0 +1,139 @@
+"""fid.py beside torch-fidelity and pytorch-fid: pictures a second and peak memory of one pass over a set, from files to
+features, each in a process of its own and with its own batch size; and what pytorch-fid's other resize does to FID.
+
+    python -m tools.bench_fid                       # table of the three; about two minutes on one core
+    python -m tools.bench_fid --resize --num 500    # FID of two folders under both resizes
+    python -m tools.bench_fid --weights pt_inception-2015-12-05-6726825d.pth
+
+Without --weights Inception's are random, which changes no speed, but every FID. Needs tests/requirements.txt.
+"""
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import fid
+
+TOOLS = ["fid.py", "torch-fidelity", "pytorch-fid"]
+
+
+def random_inception(path):
+    """Writes random weights in the format of the published file. Batch norms hold the statistics of random pictures, so
+    that activations stay of order 1 in every layer."""
+    net = fid.tv.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.Mixed_7c = fid.MaxPoolE(2048)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+            module.momentum = None                          # the plain mean over batches, of which there is one
+    with torch.no_grad():
+        net.train()(F.interpolate(torch.rand(4, 3, 16, 16), (299, 299), mode="bilinear") * 2 - 1)
+    torch.save(net.state_dict(), path)
+
+
+def fid_py(files, weights):
+    common.setup("cpu")                                     # as its main does
+    net, pictures = fid.Inception(weights), fid.Pictures(os.path.dirname(files[0]))
+    start = time.time()
+    fid.collect(net, pictures.batches(torch.device("cpu"), 0), pictures.count)
+    return time.time() - start
+
+
+def torch_fidelity(files, weights):
+    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+    settings = dict(cuda=False, cache=False, verbose=False, feature_extractor_weights_path=weights)
+    net = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **settings)
+    start = time.time()
+    extract_featuresdict_from_input_id(1, net, input1=os.path.dirname(files[0]), **settings)
+    return time.time() - start
+
+
+def pytorch_fid(files, weights):
+    from pytorch_fid import fid_score, inception
+    inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
+    net = inception.InceptionV3()
+    start = time.time()
+    fid_score.calculate_activation_statistics(files, net, num_workers=0)
+    return time.time() - start
+
+
+def throughput(args, files):
+    """One folder of `files` for all; the tools take turns, each in a new process, and the fastest turn counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, path in enumerate(files):
+            os.symlink(os.path.abspath(path), os.path.join(folder, f"{i:05d}{os.path.splitext(path)[1]}"))
+        times, memory = {tool: [] for tool in TOOLS}, {}
+        for tool in TOOLS * args.turns:
+            words = ["-m", "tools.bench_fid", "--tool", tool, "--data", folder, "--weights", args.weights]
+            out = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout.split()
+            times[tool].append(float(out[-2]))
+            memory[tool] = float(out[-1])
+    print(f"{len(files)} pictures, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'':16}{'pictures/s':>12}{'peak memory':>14}")
+    for tool in TOOLS:
+        print(f"{tool:16}{len(files) / min(times[tool]):12.2f}{memory[tool]:11.2f} GB")
+
+
+def half_pixel(x, size):
+    """What pytorch-fid does: bilinear between pixel centres, where tf_resize takes upper left corners."""
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+def resizes(args):
+    """FID of --data against --ref and of --data against itself, under the two resizes."""
+    net, stats, usual = fid.Inception(args.weights), {}, fid.tf_resize
+    for name, resize in (("TensorFlow 1", usual), ("half-pixel", half_pixel)):
+        fid.tf_resize = resize
+        for path in (args.data, args.ref):
+            pictures = fid.Pictures(path, args.num)
+            stats[name, path] = fid.collect(net, pictures.batches(torch.device("cpu"), 0), pictures.count)
+    fid.tf_resize = usual
+
+    def distance(a, b):
+        return fid.frechet_distance(*(stats[x][key] for x in (a, b) for key in ("mu", "sigma")))
+    one, two = (distance((name, args.data), (name, args.ref)) for name in ("TensorFlow 1", "half-pixel"))
+    print(f"FID of {args.num} pictures of {args.data} against {args.num} of {args.ref}")
+    print(f"TensorFlow 1 resize   {one:12.4f}\nhalf-pixel resize     {two:12.4f}   {two / one - 1:+.2%}")
+    same = distance(("TensorFlow 1", args.data), ("half-pixel", args.data))
+    print(f"the same pictures, one resize against the other {same:.4f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="data/cifar10/test")
+    p.add_argument("--ref", default="data/cifar10/train", help="for --resize")
+    p.add_argument("--num", type=int, default=128, help="pictures, evenly spaced")
+    p.add_argument("--turns", type=int, default=1, help="of each tool; the fastest counts")
+    p.add_argument("--resize", action="store_true", help="compare the resizes, not the tools")
+    p.add_argument("--weights", help="Inception's (default: random)")
+    p.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    data = common.ImageSet(args.data)
+    if args.tool:
+        files = [os.path.join(args.data, os.fsdecode(name)) for name in data.names]
+        measure = dict(zip(TOOLS, (fid_py, torch_fidelity, pytorch_fid)))[args.tool]
+        return print(measure(files, args.weights), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.weights:
+            args.weights = os.path.join(folder, "random.pth")
+            torch.manual_seed(0)
+            random_inception(args.weights)
+        if args.resize:
+            return resizes(args)
+        chosen = data.names[np.arange(args.num) * len(data) // args.num]
+        throughput(args, [os.path.join(args.data, os.fsdecode(name)) for name in chosen])
+
+
+if __name__ == "__main__":
+    common.run(main)
