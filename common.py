@@ -354,6 +354,10 @@ class ImageSet:
     def load(self, i, size):
         return load_image(os.path.join(self.root_bytes, self.names[i]), size)
 
+    def stack(self, index, size):
+        """Indices -> uint8 (b,3,size,size)."""
+        return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
+
 
 class Batches(torch.utils.data.Dataset):
     """Item k is what this process sees in step k of the run: positions in the endless stream of samples, and the
@@ -391,6 +395,20 @@ class Batches(torch.utils.data.Dataset):
         except UserError as error:
             return error
         return batch
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Item k: dict(image=load(indices of the k-th `block` of `count` pictures, size)), uint8 (b,3,size,size), or the
+    UserError that `batches` raises."""
+
+    def __init__(self, load, size, count, block):
+        self.load, self.size, self.count, self.block = load, size, count, block
+
+    def __getitem__(self, k):
+        try:
+            return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
+        except UserError as error:
+            return error
 
 
 def loader_workers(workers):
@@ -445,6 +463,28 @@ def writing(path):
         raise
 
 
+def resumable_array(folder, name, dtype, shape, block):
+    """folder/<name>, a memory-mapped array that all processes fill together, `block` rows at a time -> array, marks of the
+    blocks that are filled, numbers of those that are not. A killed run goes on with these. Call mark_done after each."""
+    path, marks = os.path.join(folder, name), os.path.join(folder, "done.npy")
+    if rank() == 0 and not os.path.exists(marks):
+        os.makedirs(folder, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+        with writing(marks) as file:                        # last: its presence says that the array is there
+            np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
+    barrier()
+    array, done = (np.load(p, mmap_mode="r+") for p in (path, marks))
+    todo = np.flatnonzero(done == 0)
+    barrier()                                               # nobody marks a block before all have read the list
+    return array, done, todo
+
+
+def mark_done(array, done, k):
+    array.flush()                                           # first: a mark says that its rows are on the disk
+    done[k] = 1
+    done.flush()
+
+
 def save_weights(path, kind, state, config, info):
     """Tensors and what is needed to build and judge them -> a .safetensors file that models.load_<kind> opens."""
     from safetensors.torch import save
@@ -494,6 +534,8 @@ def load_checkpoint(folder, device):
 
 def compare_flags(saved, args, free, folder):
     """Refuses to resume with other settings than the run began with, except for the flags named in `free`."""
+    if args.lr_schedule == "cosine":
+        free = free - {"steps", "epochs"}                   # the rate of every step depends on the last one's number
     differ = [f"--{k.replace('_', '-')} was {saved[k]} and is now {v}" for k, v in vars(args).items()
               if k not in free and k in saved and saved[k] != v]
     if differ:

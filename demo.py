@@ -53,7 +53,7 @@ def parse_arguments():
 def load_all(data):
     """ImageSet -> pictures uint8 (N,3,S,S) and the attributes (N,A), 0 or 1, of a list in CelebA's format beside the
     folder; A is 0 where there is none."""
-    pictures = torch.from_numpy(np.stack([data.load(i, SIZE) for i in range(len(data))])).permute(0, 3, 1, 2)
+    pictures = data.stack(range(len(data)), SIZE)
     parent, split = os.path.split(data.root)
     path = os.path.join(parent, "list_attr_celeba.txt")
     if not os.path.exists(path):
@@ -195,7 +195,7 @@ def main():
                for n in names))
 
     chosen = np.linspace(0, len(held_out) - 1, 12).astype(int)
-    originals = torch.from_numpy(np.stack([held_out.load(i, SIZE) for i in chosen])).permute(0, 3, 1, 2)
+    originals = held_out.stack(chosen, SIZE)
     rows, classes = [originals, *(reconstruct(f"{OUT}/vae_{name}", originals) for name in names)], len(data.classes)
     table = []
     for name, title in names.items():

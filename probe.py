@@ -261,35 +261,15 @@ def read_benchmarks(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Features: computed once, fp16, memory-mapped
 
-class Blocks(torch.utils.data.Dataset):
-    """Item k: the pictures [64 k, 64 k + 64) of a benchmark."""
-
-    def __init__(self, bench, size):
-        self.bench, self.size = bench, size
-
-    def __getitem__(self, k):
-        try:
-            return dict(image=self.bench.load(range(k * 64, min(k * 64 + 64, len(self.bench.names))), self.size))
-        except UserError as error:
-            return error
-
-
 @torch.no_grad()
 def features(bench, encode, dims, size, key, args, device):
     """encode(pictures (b,3,size,size) in [-1,1]) -> (b,dims) of every picture -> fp16 memory map (N,dims). The folder's
     name holds `key` and the pictures' fingerprint; blocks that are there are not computed again."""
     folder = os.path.join(args.cache, f"probe-{key}-{bench.fingerprint[:12]}")
-    paths = [os.path.join(folder, f) for f in ("features.npy", "done.npy")]
-    if common.rank() == 0 and not os.path.exists(paths[1]):
-        os.makedirs(folder, exist_ok=True)
-        np.lib.format.open_memmap(paths[0], "w+", np.float16, (len(bench.names), dims)).flush()
-        with common.writing(paths[1]) as file:              # last: its presence says that the other is whole
-            np.save(file, np.zeros(-(-len(bench.names) // 64), np.uint8))
-    common.barrier()
-    array, done = (np.load(path, mmap_mode="r+") for path in paths)
-    todo = np.flatnonzero(done == 0)[common.rank()::common.world()]
-    common.barrier()                                        # nobody marks a block before all have read the list
-    loader = common.batches(Blocks(bench, size), todo.tolist(), args.workers, device)
+    array, done, todo = common.resumable_array(folder, "features.npy", np.float16, (len(bench.names), dims), 64)
+    todo = todo[common.rank()::common.world()]
+    pictures = common.Blocks(bench.load, size, len(bench.names), 64)
+    loader = common.batches(pictures, todo.tolist(), args.workers, device)
     bar = tqdm(loader, f"features of {bench.name}", len(todo), disable=common.rank() > 0, leave=False, mininterval=1)
     for k, batch in zip(todo, bar):
         block = torch.cat([encode(common.from_uint8(x)) for x in batch["image"].split(args.batch_size)])
@@ -297,10 +277,9 @@ def features(bench, encode, dims, size, key, args, device):
         if not np.isfinite(block).all():
             raise UserError(f"features of {bench.name} ({key}) leave fp16's range")
         array[k * 64:k * 64 + 64] = block
-        array.flush()
-        done[k] = 1
+        common.mark_done(array, done, k)
     common.barrier()
-    return np.load(paths[0], mmap_mode="r")
+    return np.load(os.path.join(folder, "features.npy"), mmap_mode="r")
 
 
 def vae_features(bench, vae, args, device):
@@ -506,11 +485,16 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, strengths=STRENGTHS, iterat
     return Probe(weight[:, best, every], bias[best, every], strengths[best].cpu().numpy(), info)
 
 
+def read_one(folder):
+    """The attribute benchmark of one folder."""
+    return read_benchmarks(parse_arguments(["--data", folder, "--task", "attributes"]))[0]
+
+
 def quick_probe(vae, bench, train_images=2000, test_images=1000, precision="fp32"):
     """F1 of a probe on a few pictures of a benchmark (or of its folder), the same at each call: a look during training.
     Its penalty is fixed, so its numbers compare with each other and not with the table's."""
     if isinstance(bench, str):
-        bench = read_benchmarks(parse_arguments(["--data", bench, "--task", "attributes"]))[0]
+        bench = read_one(bench)
     device, x, y = vae.latent_mean.device, [], []
     for part, count in ((bench.parts[0], train_images), (bench.parts[2], test_images)):
         pick = np.sort(part.start + np.random.default_rng(0).permutation(part.stop - part.start)[:count])

@@ -149,7 +149,6 @@ def draw_set(sit, vae, args, device, precision, settings):
     """--num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON. The pictures grow in a folder
     beside it; blocks that are done are marked, so that a killed run loses at most one block a process."""
     parts, size = args.out + ".parts", vae.resolution
-    blocks = -(-args.num // args.batch_size)
     if common.rank() == 0:
         if args.overwrite:
             shutil.rmtree(parts, ignore_errors=True)
@@ -163,26 +162,17 @@ def draw_set(sit, vae, args, device, precision, settings):
                 raise UserError(f"{parts} holds an interrupted set with other settings: {'; '.join(differ)}; use the same, "
                                 "another --out, or --overwrite")
         else:
-            os.makedirs(parts, exist_ok=True)
-            for name, shape in (("pictures.npy", (args.num, size, size, 3)), ("done.npy", (blocks,))):
-                np.lib.format.open_memmap(os.path.join(parts, name), "w+", np.uint8, shape).flush()
-            common.write_json(record, keep)                 # last: its presence says that the arrays are there
-    common.barrier()
-    pictures = np.load(os.path.join(parts, "pictures.npy"), mmap_mode="r+")
-    done = np.load(os.path.join(parts, "done.npy"), mmap_mode="r+")
-    todo = np.flatnonzero(done == 0)
-    if common.rank() == 0 and len(todo) < blocks:
-        say(f"resuming {parts}: {blocks - len(todo)} of {blocks} blocks are done")
-    common.barrier()                                        # nobody marks a block before all have read the list
+            common.write_json(record, keep)
+    pictures, done, todo = common.resumable_array(parts, "pictures.npy", np.uint8, (args.num, size, size, 3), args.batch_size)
+    if len(todo) < len(done):
+        say(f"resuming {parts}: {len(done) - len(todo)} of {len(done)} blocks are done")
     bar = tqdm(todo[common.rank()::common.world()], disable=common.rank() > 0, unit="batch")
     for block in bar:
         ids = torch.arange(block * args.batch_size, min((block + 1) * args.batch_size, args.num), device=device)
         labels = set_labels(args.labels, ids, sit.num_classes, args.seed)
         x = draw(sit, vae, ids, labels, args.seed, precision, args.sampler, args.steps, args.cfg, args.interval)
         pictures[ids[0].item():ids[-1].item() + 1] = x.permute(0, 2, 3, 1).cpu().numpy()
-        pictures.flush()
-        done[block] = 1
-        done.flush()
+        common.mark_done(pictures, done, block)
     common.barrier()
     if common.rank() == 0:
         labels = set_labels(args.labels, torch.arange(args.num), sit.num_classes, args.seed).numpy()

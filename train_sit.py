@@ -25,7 +25,7 @@ from tqdm import tqdm
 import common
 from common import normal, say, uniform
 from models import VFM, SiT, UserError, load_vae
-from sample import draw
+from sample import draw, set_labels
 
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
@@ -96,28 +96,23 @@ def cache_latents(vae, data, flip, args, device, precision):
     name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}{'' if flip else '-noflip'}"
     folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
-    blocks = -(-len(data) // BLOCK)
     record = os.path.join(folder, "latents.json")
-    if common.rank() == 0 and not os.path.exists(record):
-        try:
+    try:
+        if common.rank() == 0 and not os.path.exists(record):
             os.makedirs(folder, exist_ok=True)
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
             if free < np.prod(shape) * 2:
                 raise UserError(f"the latent cache needs {np.prod(shape) * 2 / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
-            for name, kind, s in (("latents.npy", np.float16, shape), ("done.npy", np.uint8, (blocks,))):
-                np.lib.format.open_memmap(os.path.join(folder, name), "w+", kind, s).flush()
             common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
                                            precision=precision))
-        except OSError as error:
-            raise UserError(f"cannot write the latent cache {folder}: {error.strerror}") from None
-    common.barrier()
-    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r+")
-    done = np.load(os.path.join(folder, "done.npy"), mmap_mode="r+")
-    todo = np.flatnonzero(done == 0)[common.rank()::common.world()]
-    common.barrier()                                        # nobody marks a block before all have read the list
+        latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
+    except OSError as error:
+        raise UserError(f"cannot write the latent cache {folder}: {error.strerror}") from None
     if len(todo):
         say(f"caching   latents of {len(data)} pictures in {folder}, {np.prod(shape) * 2 / 1e9:.2f} GB")
-    loader = common.batches(Blocks(data, vae.resolution), todo.tolist(), args.workers, device)
+    todo = todo[common.rank()::common.world()]
+    pictures = common.Blocks(data.stack, vae.resolution, len(data), BLOCK)
+    loader = common.batches(pictures, todo.tolist(), args.workers, device)
     for block, batch in zip(todo, tqdm(loader, "latents", len(todo), unit="block", disable=common.rank() > 0, leave=False)):
         x = common.from_uint8(batch["image"])
         for side in range(shape[1]):
@@ -129,9 +124,7 @@ def cache_latents(vae, data, flip, args, device, precision):
                     raise UserError(f"latents of {vae.info['path']} leave fp16's range (largest mean {mean.abs().max():.3g})")
                 begin = block * BLOCK + i * 64
                 latents[begin:begin + len(pair), side] = pair
-        latents.flush()
-        done[block] = 1
-        done.flush()
+        common.mark_done(latents, done, block)
     common.barrier()
     return folder
 
@@ -147,20 +140,6 @@ class LatentCache:
         if self.array is None:
             self.array = np.load(self.path, mmap_mode="r")
         return dict(latent=torch.from_numpy(self.array[index, flip.astype(np.int64)]))
-
-
-class Blocks(torch.utils.data.Dataset):
-    """Item k: the pictures [k BLOCK, (k+1) BLOCK) of the folder, in order."""
-
-    def __init__(self, data, size):
-        self.data, self.size = data, size
-
-    def __getitem__(self, k):
-        try:
-            rows = [self.data.load(i, self.size) for i in range(k * BLOCK, min((k + 1) * BLOCK, len(self.data)))]
-        except UserError as error:
-            return error
-        return dict(image=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,8 +202,7 @@ def main():
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
     if state is not None:
-        free = FREE - {"steps", "epochs"} if args.lr_schedule == "cosine" else FREE
-        common.compare_flags(state["arguments"], args, free, args.out)
+        common.compare_flags(state["arguments"], args, FREE, args.out)
         if state["vae_hash"] != vae.info["hash"]:
             raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
                             f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
@@ -263,7 +241,8 @@ def main():
         """This process's share of `count` pictures, as many of each class: (ids (b,), uint8 (b,3,H,W))."""
         for k in range(common.rank() * size, count, common.world() * size):
             ids = torch.arange(k, min(k + size, count), device=device)
-            yield ids, draw(ema, vae, ids, ids % len(data.classes), args.seed, precision, "ode", args.preview_steps, cfg=1.0)
+            labels = set_labels("equal", ids, net.num_classes, args.seed)
+            yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
     def save(step):
         common.gather_mean(running)

@@ -15,7 +15,6 @@ import copy
 import math
 import os
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -275,8 +274,7 @@ def main():
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
     if state is not None:
-        free = FREE - {"steps", "epochs"} if args.lr_schedule == "cosine" else FREE
-        common.compare_flags(state["arguments"], args, free, args.out)
+        common.compare_flags(state["arguments"], args, FREE, args.out)
         start = state["step"]
         if start >= total:
             return say(f"done      {args.out} has its {start} steps already")
@@ -312,25 +310,22 @@ def main():
     if args.fid_every:
         if val_data is None:
             raise UserError("--fid-every measures reconstructions of held-out pictures: name their folder with --val")
-        from fid import training_measure                    # only here: most runs do without Inception
+        from fid import Pictures, training_measure          # only here: most runs do without Inception
         measure = training_measure(args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers)
-        fid_num = min(args.fid_num, len(val_data))
+        held_out = Pictures(args.val, min(args.fid_num, len(val_data)), args.resolution)
 
     bench = None
     if args.probe_every:
         if not args.probe_data:
             raise UserError("--probe-every needs --probe-data, a benchmark's folder")
         import probe
-        bench = probe.read_benchmarks(probe.parse_arguments(["--data", args.probe_data, "--task", "attributes"]))[0]
+        bench = probe.read_one(args.probe_data)
 
-    def reconstructed(count, size=64):
-        """This process's share of `count` held-out pictures, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
-        for k in range(common.rank() * size, count, common.world() * size):
-            index = torch.arange(k, min(k + size, count))
-            x = np.stack([val_data.load(i * len(val_data) // count, args.resolution) for i in index.tolist()])
+    def reconstructed():
+        """This process's share of the pictures to measure, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
+        for index, x in held_out.batches(device, args.workers):
             with torch.no_grad(), common.autocast(device, precision):
-                mean, _ = ema.vae.encode(common.from_uint8(torch.from_numpy(x).permute(0, 3, 1, 2).to(device)))
-                yield index.to(device), common.to_uint8(ema.vae.decode(mean))
+                yield index, common.to_uint8(ema.vae.decode(ema.vae.encode(common.from_uint8(x))[0]))
 
     def save(step, final=False):
         """Latent statistics, measurements, vae.safetensors and the checkpoint."""
@@ -370,7 +365,7 @@ def main():
         if bench and (step == total or step % args.probe_every == 0 and step > start) and common.rank() == 0:
             log.note(step, probe.quick_probe(ema.vae, bench, precision=precision))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
-            log.note(step, {f"r{k}": v for k, v in measure(reconstructed(fid_num), fid_num).items() if k == "fid"})
+            log.note(step, {f"r{k}": v for k, v in measure(reconstructed(), held_out.count).items() if k == "fid"})
         if step == total:
             break
 

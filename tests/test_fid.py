@@ -5,20 +5,17 @@ import contextlib
 import io
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import common  # noqa: E402
-import fid  # noqa: E402
-import models  # noqa: E402
-from conftest import SIT, VAE, refused, script, torchrun  # noqa: E402
-from tools.bench_fid import random_inception  # noqa: E402
+import common
+import fid
+import models
+from conftest import SIT, VAE, refused, script, torchrun
+from tools.bench_fid import random_inception
 
 
 def smooth(rng, height, width):
