@@ -9,6 +9,7 @@ import ctypes
 import glob
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -157,8 +158,8 @@ def sync_gradients(model, on):
 
 def learning_rate(args, step, total):
     """--lr after --warmup steps, and with --lr-schedule cosine down to 0 at the end."""
-    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
-    return rate * 0.5 * (1 + np.cos(np.pi * step / total)) if args.lr_schedule == "cosine" else rate
+    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))        # a Python float: checkpoints hold no NumPy scalars
+    return rate * 0.5 * (1 + math.cos(math.pi * step / total)) if args.lr_schedule == "cosine" else rate
 
 
 def guarded_step(optimizer, params, limit, step, bad_step):

@@ -91,6 +91,21 @@ def test_resumed_is_uninterrupted_bit_for_bit(pictures, vfm_weights, inside):
     assert np.array_equal(losses("sit_whole", keys), losses("sit_parts", keys))
 
 
+def test_a_cosine_schedule_resumes_too(pictures, inside):
+    """What the optimiser keeps must be loadable without unpickling code, the learning rate included."""
+    for module, words, load in ((train_vae, [*VAE, "--align", 0, "--gan", 0], models.load_vae),
+                                (train_sit, [*SIT, "--repa", 0, "--vae", "runs/vae"], models.load_sit)):
+        words = [*words, "--data", pictures, "--lr-schedule", "cosine", "--steps", 4, "--save-every", 2]
+        script(module, *words)
+        folder = "runs/" + module.__name__.removeprefix("train_")
+        whole = load(folder).state_dict()
+        os.remove(common.list_checkpoints(folder)[-1])
+        assert common.load_checkpoint(folder, "cpu")["step"] == 2
+        script(module, *words)
+        assert len(common.list_checkpoints(folder)) == 2
+        assert all(torch.equal(v, whole[k]) for k, v in load(folder).state_dict().items())
+
+
 def test_pictures_do_not_depend_on_batch_size_or_interruption(trained, monkeypatch):
     monkeypatch.chdir(trained)
     words = ["--num", 10, "--steps", 6, "--precision", "fp32", "--seed", 3]
