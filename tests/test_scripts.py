@@ -1,6 +1,5 @@
 """The scripts themselves: two processes = one, resumed = uninterrupted, any batch size = the same pictures, and each
 mistake a user can make = one sentence and exit code 2."""
-import contextlib
 import glob
 import json
 import os
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ import models
 import sample
 import train_sit
 import train_vae
-from conftest import ROOT, SIT, VAE, refused, script, torchrun
+from conftest import ROOT, SIT, VAE, kill_all_in, processes_in, refused, same_state, script, start, torchrun, wait_for
 
 
 def losses(folder, keys):
@@ -349,50 +347,6 @@ def test_nan_stops_the_run_and_is_never_saved(inside, pictures, capsys):
 
 
 # ---- survival --------------------------------------------------------------------------------------------------------
-
-def wait_for(what, seconds=120):
-    """Waits until what() is true."""
-    end = time.time() + seconds
-    while not what():
-        assert time.time() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def start(processes, name, *words, cwd, timeout=1800):
-    """The script as a process group of its own -> Popen; its output goes to <cwd>/output.txt."""
-    first = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-    with open(os.path.join(cwd, "output.txt"), "w") as out:
-        return subprocess.Popen([*first, os.path.join(ROOT, f"{name}.py"), *map(str, words), "--timeout", str(timeout)], cwd=cwd,
-                                stdout=out, stderr=out, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-
-
-def processes_in(folder):
-    """{number: environment} of the processes whose current folder is `folder` (torchrun's have process groups of their own)."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/cwd") == str(folder):
-                with open(f"/proc/{pid}/environ") as file:
-                    found[int(pid)] = dict(x.split("=", 1) for x in file.read().split("\0") if "=" in x)
-    return found
-
-
-def kill_all_in(folder):
-    for pid in processes_in(folder):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def same_state(a, b):
-    """Two nested states are equal bit for bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
-
 
 @pytest.mark.parametrize("processes,number", [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_scheduler_s_signal_saves_and_the_next_start_goes_on(pictures, tmp_path, processes, number):
