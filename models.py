@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-import sys
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -72,15 +72,13 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, approximate):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU(approximate=approximate)
-        self.fc2 = nn.Linear(4 * dim, dim)
+def named(**parts):
+    """nn.Sequential with the names that published weights give to its parts."""
+    return nn.Sequential(OrderedDict(parts))
 
-    def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+
+def mlp(dim, approximate):
+    return named(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(approximate=approximate), fc2=nn.Linear(4 * dim, dim))
 
 
 def projector(dim, out, width=2048):
@@ -100,13 +98,12 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2, self.conv2 = norm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
-        if cin != cout:
-            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -125,97 +122,70 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(y)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))        # LDM pads on the right and at the bottom only
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def make_level(cin, cout, blocks, attention, groups):
+    """The blocks of one resolution, with attention after each of them or none."""
+    return nn.ModuleDict(dict(
+        block=nn.ModuleList(ResnetBlock(cout if i else cin, cout, groups) for i in range(blocks)),
+        attn=nn.ModuleList(AttnBlock(cout, groups) if attention else nn.Identity() for _ in range(blocks))))
 
 
 def middle(channels, groups):
-    return nn.ModuleDict(dict(block_1=ResnetBlock(channels, channels, groups), attn_1=AttnBlock(channels, groups),
-                              block_2=ResnetBlock(channels, channels, groups)))
+    return named(block_1=ResnetBlock(channels, channels, groups), attn_1=AttnBlock(channels, groups),
+                 block_2=ResnetBlock(channels, channels, groups))
+
+
+def in_order(levels):
+    """The modules of the levels as they run: a block, its attention, the next block, ..., the change of resolution."""
+    modules = []
+    for level in levels:
+        block, attn, *resample = level.values()
+        modules += [module for pair in zip(block, attn) for module in pair] + resample
+    return modules
+
+
+def run_coder(coder, blocks, x):
+    """What encoder and decoder share: a convolution, their blocks, norm and convolution."""
+    x = coder.conv_in(x)
+    for block in blocks:
+        x = maybe_checkpoint(coder.grad_checkpoint, block, x)
+    return coder.conv_out(F.silu(coder.norm_out(x)))
 
 
 class Encoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
         self.grad_checkpoint = False
+        widths = [ch] + [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
-            for _ in range(num_res_blocks):
-                level["block"].append(ResnetBlock(width, ch * mult, groups))
-                width = ch * mult
-                if i in attn_levels:
-                    level["attn"].append(AttnBlock(width, groups))
-            if i < len(ch_mult) - 1:
-                level["downsample"] = Downsample(width)
-            self.down.append(level)
-        self.mid = middle(width, groups)
-        self.norm_out = norm(width, groups)
-        self.conv_out = nn.Conv2d(width, 2 * channels, 3, padding=1)
+        self.down = nn.ModuleList(make_level(a, b, num_res_blocks, i in attn_levels, groups)
+                                  for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        for level, width in zip(self.down[:-1], widths[1:]):
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            level["downsample"] = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)     # LDM pads right and bottom only
+        self.mid = middle(widths[-1], groups)
+        self.norm_out = norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            for j, block in enumerate(level["block"]):
-                x = maybe_checkpoint(self.grad_checkpoint, block, x)
-                if len(level["attn"]):
-                    x = maybe_checkpoint(self.grad_checkpoint, level["attn"][j], x)
-            if "downsample" in level:
-                x = level["downsample"](x)
-        for block in self.mid.values():
-            x = maybe_checkpoint(self.grad_checkpoint, block, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_coder(self, [*in_order(self.down), *self.mid], x)
 
 
 class Decoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
         self.grad_checkpoint = False
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        self.mid = middle(width, groups)
-        self.up = nn.ModuleList()                       # indexed by level as in LDM: the last one is run first
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            level = nn.ModuleDict(dict(block=nn.ModuleList(), attn=nn.ModuleList()))
-            for _ in range(num_res_blocks + 1):
-                level["block"].append(ResnetBlock(width, ch * mult, groups))
-                width = ch * mult
-                if i in attn_levels:
-                    level["attn"].append(AttnBlock(width, groups))
-            if i > 0:
-                level["upsample"] = Upsample(width)
-            self.up.insert(0, level)
-        self.norm_out = norm(width, groups)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        widths = [ch * mult for mult in ch_mult] + [ch * ch_mult[-1]]
+        self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], groups)
+        self.up = nn.ModuleList(make_level(b, a, num_res_blocks + 1, i in attn_levels, groups)
+                                for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        for level, width in zip(self.up[1:], widths[1:]):
+            level["upsample"] = named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
+        self.norm_out = norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.conv_in(z)
-        for block in self.mid.values():
-            x = maybe_checkpoint(self.grad_checkpoint, block, x)
-        for level in reversed(self.up):
-            for j, block in enumerate(level["block"]):
-                x = maybe_checkpoint(self.grad_checkpoint, block, x)
-                if len(level["attn"]):
-                    x = maybe_checkpoint(self.grad_checkpoint, level["attn"][j], x)
-            if "upsample" in level:
-                x = level["upsample"](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return run_coder(self, [*self.mid, *in_order(reversed(self.up))], z)           # numbered as in LDM: the last is first
 
 
 # Factor -> (channel multipliers a level, levels with attention after each block). f8 is LDM's, f16 VA-VAE's.
@@ -310,7 +280,7 @@ class MapperBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, "none")
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, "none")
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -371,31 +341,13 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
-class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)                # the last row is the null label
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, channels, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                             # (B,N,width)
-
-
 class SiTBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, "tanh")
+        self.mlp = mlp(width, "tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -437,9 +389,9 @@ class SiT(nn.Module):
                            vfm_dim=vfm_dim, repa_block=repa_block, depth=depth, width=width, heads=heads)
         self.patch, self.channels, self.latent_size, self.num_classes = patch, channels, latent_size, num_classes
         self.repa_block, self.grid, self.grad_checkpoint = repa_block, latent_size // patch, False
-        self.x_embedder = PatchEmbed(channels, width, patch)
+        self.x_embedder = named(proj=nn.Conv2d(channels, width, patch, stride=patch))
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, width))      # the last row is the null label
         self.register_buffer("pos_embed", sincos_positions(width, self.grid))
         self.blocks = nn.ModuleList(SiTBlock(width, heads) for _ in range(depth))
         self.projectors = nn.ModuleList([projector(width, vfm_dim)] if vfm_dim else [])
@@ -465,7 +417,7 @@ class SiT(nn.Module):
     def forward(self, x, t, y, tokens=False):
         B, C, p, g = x.shape[0], self.channels, self.patch, self.grid
         c = self.t_embedder(t) + self.y_embedder(y)                                # (B,width)
-        x = self.x_embedder(x) + self.pos_embed                                    # (B,N,width)
+        x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed         # (B,N,width)
         for i, block in enumerate(self.blocks, 1):
             x = maybe_checkpoint(self.grad_checkpoint, block, x, c)
             if tokens and i == self.repa_block:
@@ -559,7 +511,6 @@ class VFM(nn.Module):
 # LPIPS and the patch discriminator: the perceptual and adversarial parts of the VAE's loss
 
 LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 class LPIPS(nn.Module):
@@ -572,73 +523,61 @@ class LPIPS(nn.Module):
         super().__init__()
         from torchvision.models import VGG16_Weights, vgg16
         state = {}
-        for path in [weights] if isinstance(weights, (str, os.PathLike)) else weights:
-            state.update(read_weights(path)[0])
-        convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]            # torchvision's vgg16.features
-        cuts = [4, 9, 16, 23, 30]                                                  # each after relu1_2 ... relu5_3
-        renamed = {}
-        for key, value in state.items():
-            key = re.sub(r"^net\.slice\d\.", "features.", key)
-            key = re.sub(r"^lins?\.?(\d)\.(?:model\.)?1\.weight$", r"lin\1", key)
-            renamed[key] = value
+        for path in weights:
+            for key, value in read_weights(path)[0].items():
+                key = re.sub(r"^net\.slice\d\.", "features.", key)
+                state[re.sub(r"^lins?\.?(\d)\.(?:model\.)?1\.weight$", r"lin\1", key)] = value
         try:
-            if "features.0.weight" not in renamed:
-                renamed.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
-            if "lin0" not in renamed:
-                lin = torch.hub.load_state_dict_from_url(LPIPS_URL, file_name=f"lpips-vgg-{LPIPS_SHA256[:8]}.pth",
-                                                         check_hash=True, map_location="cpu", weights_only=True)
-                renamed.update({f"lin{i}": lin[f"lin{i}.model.1.weight"] for i in range(5)})
+            if "features.0.weight" not in state:
+                state.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+            if "lin0" not in state:
+                lin = torch.hub.load_state_dict_from_url(LPIPS_URL, file_name="lpips-vgg-a78928a0.pth", check_hash=True,
+                                                         map_location="cpu", weights_only=True)   # 8 digits of sha256
+                state.update({f"lin{i}": lin[f"lin{i}.model.1.weight"] for i in range(5)})
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download LPIPS's weights ({error}); give the files vgg16-397923af.pth and {LPIPS_URL} "
                             "with --lpips-weights, or switch the term off with --lpips 0") from None
         features = vgg16().features
-        wanted = [f"features.{i}.{kind}" for i in convolutions for kind in ("weight", "bias")]
-        missing = [k for k in wanted + [f"lin{i}" for i in range(5)] if k not in renamed]
+        names = list(features.state_dict())
+        missing = [k for k in [f"features.{k}" for k in names] + [f"lin{i}" for i in range(5)] if k not in state]
         if missing:
             raise UserError(f"LPIPS's weight files lack {len(missing)} tensors, the first is {missing[0]}")
-        features.load_state_dict({k[9:]: renamed[k] for k in wanted})
+        features.load_state_dict({k: state[f"features.{k}"] for k in names})
         for module in features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False                      # the slices' outputs are kept
-        self.slices = nn.ModuleList(features[a:b] for a, b in zip([0] + cuts[:-1], cuts))
+        cuts = [0, 4, 9, 16, 23, 30]                        # the slices end after relu1_2, 2_2, 3_3, 4_3, 5_3
+        self.slices = nn.ModuleList(features[a:b] for a, b in zip(cuts, cuts[1:]))
         for i in range(5):
-            self.register_buffer(f"lin{i}", renamed[f"lin{i}"].float().view(1, -1, 1, 1))
+            self.register_buffer(f"lin{i}", state[f"lin{i}"].float().view(1, -1, 1, 1))
         # ImageNet's mean and std, moved to inputs in [-1,1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.eval().requires_grad_(False)
+        self.requires_grad_(False)
 
-    def train(self, mode=True):
-        return super().train(False)
-
-    def features(self, x):
-        """Images (B,3,H,W) -> the five feature maps, each of unit length over its channels."""
-        x, maps = (x - self.shift) / self.scale, []
-        for part in self.slices:
-            x = part(x)
-            f = x.float()
-            maps.append(f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return maps
+    @staticmethod
+    def unit(x):
+        """Features (B,D,h,w) -> the same of length 1 over D."""
+        x = x.float()
+        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
     def forward(self, a, b):
-        total = 0
-        for i, (fa, fb) in enumerate(zip(self.features(a), self.features(b))):
-            total = total + ((fa - fb).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
+        a, b, total = (a - self.shift) / self.scale, (b - self.shift) / self.scale, 0
+        for part, lin in zip(self.slices, (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)):
+            a, b = part(a), part(b)
+            total = total + ((self.unit(a) - self.unit(b)).square() * lin).sum(1).mean((1, 2))
         return total
 
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN of pix2pix, as LDM uses it and under its names: images (B,3,H,W) -> logits (B,1,H/8-2,W/8-2)."""
 
-    def __init__(self, width=64, layers=3):
+    def __init__(self):
         super().__init__()
-        modules = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            cin, cout = width * min(2 ** (i - 1), 8), width * min(2 ** i, 8)
-            stride = 2 if i < layers else 1
+        modules = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for cin, cout, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             modules += [nn.Conv2d(cin, cout, 4, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.LeakyReLU(0.2)]
-        modules.append(nn.Conv2d(cout, 1, 4, 1, 1))
-        self.main = nn.Sequential(*modules)
+        self.main = nn.Sequential(*modules, nn.Conv2d(512, 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -677,10 +616,9 @@ def read_weights(path):
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
             state = torch.load(path, map_location="cpu", weights_only=True)
+        return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({reason})") from None
-    return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
+        raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({first_line(error)})") from None
 
 
 def fetch(path):
@@ -688,199 +626,26 @@ def fetch(path):
     path = os.fspath(path)
     if not path.startswith("hf:"):
         return path
-    name, _, revision = path[3:].partition("@")
-    parts = name.split("/", 2)
-    if len(parts) < 2:
+    found = re.fullmatch(r"hf:([^/@]+/[^/@]+)(?:/([^@]*))?(?:@(.+))?", path)
+    if not found:
         raise UserError(f"{path} is not hf:<owner>/<repository>[/<file>][@<revision>]")
+    repository, inside, revision = found.groups()
     from huggingface_hub import snapshot_download
-    inside = parts[2] if len(parts) > 2 else ""
     patterns = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin"]
     try:
-        folder = snapshot_download("/".join(parts[:2]), revision=revision or None, allow_patterns=patterns)
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:
         raise UserError(f"cannot get {path} from the hub: {first_line(error)}") from None
-    return os.path.join(folder, inside)
+    return os.path.join(folder, inside or "")
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-# LDM's names of a VAE -> diffusers' AutoencoderKL. {i} is the level; diffusers numbers the decoder's from the other end.
-DIFFUSERS = [(r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
-             (r"\.down\.(\d+)\.attn\.(\d+)\.", r".down_blocks.\1.attentions.\2."),
-             (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-             (r"\.up\.(\d+)\.block\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
-             (r"\.up\.(\d+)\.attn\.(\d+)\.", r".up_blocks.\1.attentions.\2."),
-             (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-             (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-             (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.norm_out\.", ".conv_norm_out."),
-             (r"\.nin_shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-             (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."), (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0.")]
-
-
-def diffusers_name(key, levels):
-    """LDM's name of a VAE's parameter -> diffusers'."""
-    for pattern, new in DIFFUSERS:
-        key = re.sub(pattern, new, key)
-    return re.sub(r"up_blocks\.(\d+)", lambda found: f"up_blocks.{levels - 1 - int(found[1])}", key)
-
-
-def vae_config(state, resolution=256):
-    """Architecture of a VAE from the shapes in its state dict (LDM's names)."""
-    def count(pattern):
-        return len({found[1] for found in (re.match(pattern, key) for key in state) if found})
-    try:
-        ch, levels = len(state["encoder.conv_in.bias"]), count(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-        return dict(spec=f"f{2 ** (levels - 1)}d{state['post_quant_conv.weight'].shape[1]}", resolution=resolution, ch=ch,
-                    ch_mult=[len(state[f"encoder.down.{i}.block.0.conv1.bias"]) // ch for i in range(levels)],
-                    num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."), groups=32,
-                    attn_levels=[i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state])
-    except KeyError as error:
-        raise UserError(f"this VAE has no {error.args[0]}, so its architecture is unknown") from None
-
-
-def read_published_vae(state, path):
-    """State dict of a published VAE (LDM, REPA-E, LightningDiT or diffusers) -> (state dict in our names with latent
-    statistics, config, info). What is not part of the VAE (loss, EMA copies, VA-VAE's projection) is listed in info."""
-    state = {re.sub(r"^(module\.|first_stage_model\.|vae\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
-    form = "LDM"
-    if "encoder.down_blocks.0.resnets.0.norm1.weight" in state:
-        form, levels = "diffusers", len({k.split(".")[2] for k in state if k.startswith("encoder.down_blocks.")})
-        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}       # before diffusers 0.16
-        state = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda found: f".{old[found[1]]}.", k): v for k, v in state.items()}
-        with torch.device("meta"):
-            names = VAE(f"f{2 ** (levels - 1)}d4", ch_mult=(1,) * levels, num_res_blocks=9, attn_levels=range(levels)).state_dict()
-        names = {diffusers_name(k, levels): k for k in names} | {diffusers_name(k.replace("conv1", "nin_shortcut"), levels):
-                                                                 k.replace("conv1", "nin_shortcut") for k in names}
-        state = {names.get(k, k): v for k, v in state.items()}
-        state = {k: v[:, :, None, None] if re.search(r"attn\S*\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
-                 for k, v in state.items()}
-    if "encoder.conv_in.weight" not in state:
-        raise UserError(f"{path} holds no VAE in the names of LDM or diffusers; its first keys are {', '.join(list(state)[:3])}")
-    part = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    ignored = sorted({k.split(".")[0] for k in state if not k.startswith(part)})
-    state = {k: v.float() for k, v in state.items() if k.startswith(part)}
-    config = vae_config(state)
-    mean, std = torch.zeros(config_channels(config)), torch.ones(config_channels(config))
-    folder, stem = os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]
-    near = [f for f in (f"{stem}-latents-stats.pt", f"{stem}_latents_stats.pt", "latents_stats.pt", "config.json")
-            if os.path.isfile(os.path.join(folder, f))]
-    if near and near[0] != "config.json":
-        stats = read_weights(os.path.join(folder, near[0]))[0]
-        if "latents_scale" in stats:                        # REPA-E: scale = 1/std, bias = mean
-            mean, std = stats["latents_bias"].flatten().float(), 1 / stats["latents_scale"].flatten().float()
-        else:                                               # LightningDiT
-            mean, std = stats["mean"].flatten().float(), stats["std"].flatten().float()
-    elif near and form == "diffusers":
-        with open(os.path.join(folder, "config.json")) as file:
-            theirs = json.load(file)
-        config["groups"], config["resolution"] = theirs.get("norm_num_groups", 32), theirs.get("sample_size", 256)
-        shift, scale = theirs.get("shift_factor") or 0.0, theirs.get("scaling_factor") or 1.0
-        mean = mean + torch.tensor(theirs.get("latents_mean") or shift)
-        std = std * torch.tensor(theirs["latents_std"]) if theirs.get("latents_std") else std / scale
-    elif form == "LDM" and config["spec"] == "f8d4":
-        near, std = ["LDM's scale factor 0.18215"], std / 0.18215
-    state.update(latent_mean=mean, latent_std=std)
-    return state, config, dict(format=form, ignored=ignored, latent_statistics=near[0] if near else "none found: 0 and 1", step=None)
-
-
-def config_channels(config):
-    return int(config["spec"].split("d")[1])
-
-
-def load_discriminator(path):
-    """The discriminator of an LDM-style checkpoint (`loss.discriminator.main.0.weight`), or one of its own file."""
-    state = read_weights(fetch(path))[0]
-    state = {re.sub(r"^(module\.|loss\.|discriminator\.)+", "", k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k.startswith("main.")}
-    if not state:
-        raise UserError(f"{path} holds no discriminator (no key such as loss.discriminator.main.0.weight)")
-    return load_strictly(PatchDiscriminator(), state, path)
-
-
-def read_vae(path):
-    """A VAE of ours or a published one (file, folder or hf:...) -> (state dict, config, info)."""
-    path = fetch(path)
-    if os.path.isdir(path):
-        names = ["vae.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
-        loose = sorted(f for f in os.listdir(path) if f.endswith((".pt", ".pth", ".ckpt", ".safetensors")) and "stats" not in f)
-        found = [n for n in names if n in os.listdir(path)] or loose
-        if not found:
-            raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
-        path = os.path.join(path, found[0])
-    state, metadata = read_weights(path)
-    if "kind" in metadata:
-        return read_ours(path, "vae") + (path,)
-    return read_published_vae(state, path) + (path,)
-
-
-def read_published_sit(state, path, ema):
-    """A published SiT, REPA or REPA-E checkpoint -> (state dict in our convention, config, info). The original SiT has
-    t = 0 at noise and predicts data - noise and a variance: v(x, t) = -theirs(x, 1-t). Both turns are linear, so they go
-    into the weights: cos and sin of (1-t) w mix those of t w, in the first layer that sees them; the sign into the last."""
-    nested = state.get("ema" if ema else "model")
-    state = {re.sub(r"^module\.", "", k): v for k, v in (nested or state).items() if torch.is_tensor(v)}
-    if "x_embedder.proj.weight" not in state:
-        raise UserError(f"{path} holds no SiT; its first keys are {', '.join(list(state)[:3])}")
-    width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
-    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    heads = {(d, w): h for d, w, h in SIT_SIZES.values()}.get((depth, width), width // 64)
-    mean, std = (torch.zeros(4), torch.full((4,), 1 / 0.18215)) if channels == 4 else (None, None)
-    if "bn.running_mean" in state:                          # REPA-E's batch norm of the latents
-        mean, std = state["bn.running_mean"], (state["bn.running_var"] + 1e-4).sqrt()
-    state = {k: v.float() for k, v in state.items() if not k.startswith("bn.")}
-    config = dict(patch=patch, channels=channels, latent_size=patch * math.isqrt(state["pos_embed"].shape[1]), depth=depth,
-                  width=width, heads=heads, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, repa_block=8,
-                  vfm_dim=len(state["projectors.0.4.bias"]) if "projectors.0.4.bias" in state else None)
-    form = "REPA" if config["vfm_dim"] else "SiT"
-    if len(state["final_layer.linear.bias"]) == patch * patch * channels * 2:
-        form = "original SiT, time and sign turned, variance dropped"
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            value = state[name]
-            state[name] = -value.view(patch * patch, 2 * channels, -1)[:, :channels].reshape(-1, *value.shape[1:])
-        first = "t_embedder.mlp.0.weight"
-        half = state[first].shape[1] // 2
-        omega = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-        cos, sin = state[first].double().split(half, dim=1)
-        state[first] = torch.cat([cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()], 1).float()
-    info = dict(format=form, step=None, classes=[], vae_hash=None, vae_path=None, latent_mean=mean is not None and mean.tolist(),
-                latent_std=std is not None and std.tolist())
-    return state, config, info
-
-
-def export_vae(vae, kind, path):
-    """Writes a VAE for other code. 'diffusers': a folder that AutoencoderKL.from_pretrained opens, whose latents_mean,
-    latents_std and scaling_factor 1 normalise as we do; 'ldm': one checkpoint with a `state_dict` in LDM's names."""
-    state = {k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
-    if kind == "ldm":
-        return torch.save(dict(state_dict=state), path)
-    from safetensors.torch import save_file
-    c, levels = vae.config, len(vae.config["ch_mult"])
-    attn = [i in c["attn_levels"] for i in range(levels)]
-    config = dict(
-        _class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3, latent_channels=vae.channels,
-        block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
-        norm_num_groups=c["groups"], sample_size=vae.resolution, scaling_factor=1.0, shift_factor=None,
-        latents_mean=vae.latent_mean.tolist(), latents_std=vae.latent_std.tolist(),
-        down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
-        up_block_types=["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attn)])
-    os.makedirs(path, exist_ok=True)
-    with open(os.path.join(path, "config.json"), "w") as file:
-        json.dump(config, file, indent=1)
-    state = {diffusers_name(k, levels): v[:, :, 0, 0] if ".attn" in k and v.ndim == 4 else v for k, v in state.items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(path, "diffusion_pytorch_model.safetensors"),
-              metadata=dict(format="pt"))
-
-
-def read_ours(path, kind):
-    """-> (state dict, config, info) of a vae.safetensors or sit.safetensors."""
-    state, metadata = read_weights(path)
-    found = metadata.get("kind")
-    if found != kind:
-        what = f"a {found} checkpoint" if found else "no file of ours (it names no kind in its metadata)"
-        raise UserError(f"{path} is {what}, but a {kind} is needed")
-    return state, json.loads(metadata["config"]), json.loads(metadata["info"])
+def tensors(state, *wrappers):
+    """The tensors of a state dict, without the words that wrappers put before their names."""
+    return {re.sub(rf"^(({'|'.join(wrappers)})\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
 
 
 def load_strictly(model, state, path):
@@ -895,69 +660,158 @@ def load_strictly(model, state, path):
     return model
 
 
+def load(network, path, read_published, device):
+    """The network that a file describes, in eval mode; `.info` tells where it came from. A file of ours says what it
+    is in its metadata; any other goes through read_published(state dict, path) -> (state dict, config, info)."""
+    kind = network.__name__.lower()
+    state, metadata = read_weights(path)
+    if metadata.get("kind", kind) != kind:
+        raise UserError(f"{path} is a {metadata['kind']} checkpoint, but a {kind} is needed")
+    if "kind" in metadata:
+        config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
+    else:
+        state, config, info = read_published(state, path)
+    net = load_strictly(network(**config), state, path)
+    net.info = dict(info, path=path, hash=state_hash(state))
+    return net.to(device).eval()
+
+
 def load_vae(path, device="cpu"):
-    """The VAE that a file, a run's folder, a published checkpoint or hf:<owner>/<repository> describes, in eval mode;
-    `vae.info` tells where it came from."""
-    state, config, info, path = read_vae(path)
-    vae = load_strictly(VAE(**config), state, path)
-    vae.info = dict(info, path=path, hash=state_hash(state))
-    return vae.to(device).eval()
+    """The VAE in a file, a run's folder, a published checkpoint or its folder, or hf:<owner>/<repository>."""
+    path = fetch(path)
+    if os.path.isdir(path):
+        names = ["vae.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+        files = sorted(os.listdir(path))
+        loose = [f for f in files if f.endswith((".pt", ".pth", ".ckpt", ".safetensors")) and "stats" not in f]
+        found = [f for f in names if f in files] + loose
+        if not found:
+            raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
+        path = os.path.join(path, found[0])
+    return load(VAE, path, read_published_vae, device)
 
 
 def load_sit(path, device="cpu", ema=True):
-    """The SiT that a file, a run's folder, a published checkpoint or hf:<owner>/<repository>/<file> describes, in eval
-    mode: its EMA weights, or the raw ones. `sit.info` tells where it came from and which VAE it belongs to."""
+    """The SiT in a file, a run's folder, a published checkpoint or hf:<owner>/<repository>/<file>: its EMA weights, or
+    the raw ones. `sit.info` also tells which VAE it belongs to."""
     path = fetch(path)
     if os.path.isdir(path):
-        path = os.path.join(path, "sit.safetensors" if ema else "sit_raw.safetensors")
-    elif not ema and os.path.basename(path) == "sit.safetensors":
+        path = os.path.join(path, "sit.safetensors")
+    if not ema and os.path.basename(path) == "sit.safetensors":
         path = os.path.join(os.path.dirname(path), "sit_raw.safetensors")
-    state, metadata = read_weights(path)
-    state, config, info = read_ours(path, "sit") if "kind" in metadata else read_published_sit(state, path, ema)
-    sit = load_strictly(SiT(**config), state, path)
-    sit.info = dict(info, path=path, hash=state_hash(state), weights="ema" if ema else "raw")
-    return sit.to(device).eval()
+    sit = load(SiT, path, lambda state, path: read_published_sit(state.get("ema" if ema else "model", state), path), device)
+    sit.info["weights"] = "ema" if ema else "raw"
+    return sit
+
+
+def load_discriminator(path):
+    """The discriminator of an LDM-style checkpoint (`loss.discriminator.main.0.weight`), or one of its own file."""
+    state = tensors(read_weights(fetch(path))[0], "module", "loss", "discriminator")
+    state = {k: v for k, v in state.items() if k.startswith("main.")}
+    if not state:
+        raise UserError(f"{path} holds no discriminator (no key such as loss.discriminator.main.0.weight)")
+    return load_strictly(PatchDiscriminator(), state, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python models.py info FILE | python models.py export VAE --to diffusers DIR | python models.py export VAE --to ldm FILE
+# Published formats
 
-def describe(path):
-    """What a file is, as lines of text."""
-    folder = os.path.isdir(path)
-    sit = os.path.join(path, "sit.safetensors") if folder else path
-    if os.path.isfile(sit) and read_weights(sit)[1].get("kind") == "sit":
-        net, kind = load_sit(sit), "SiT"
-    else:
-        net, kind = load_vae(path), "VAE"
-    lines = [f"{kind}, {net.info.get('format', 'ours')} format: {net.info['path']}", f"architecture  {json.dumps(net.config)}",
-             f"parameters    {sum(p.numel() for p in net.parameters()):,}", f"hash          {net.info['hash']}"]
-    if kind == "VAE":
-        lines += [f"latent mean   {[round(v, 4) for v in net.latent_mean.tolist()]}",
-                  f"latent std    {[round(v, 4) for v in net.latent_std.tolist()]}"]
-    skip = ("path", "hash", "arguments", "classes")
-    return "\n".join(lines + [f"{k:13} {v}" for k, v in net.info.items() if k not in skip])
+LDM_STD = 1 / 0.18215                                       # of the f8d4 latents, where no file says better
 
 
-def main():
-    p = argparse.ArgumentParser(description="What a weight file is; a VAE for other code.")
-    commands = p.add_subparsers(dest="command", required=True)
-    q = commands.add_parser("info", help="format, architecture, latent statistics, hash, origin")
-    q.add_argument("path", help="file, folder or hf:<owner>/<repository>")
-    q = commands.add_parser("export", help="a VAE in the format of diffusers or LDM")
-    q.add_argument("path", help="file, folder or hf:<owner>/<repository>")
-    q.add_argument("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="diffusers DIR, or ldm FILE")
-    args = p.parse_args()
-    if args.command == "info":
-        return print(describe(args.path))
-    if args.to[0] not in ("diffusers", "ldm"):
-        raise UserError(f"--to {args.to[0]}: the formats are diffusers and ldm")
-    export_vae(load_vae(args.path), *args.to)
+def diffusers_names(levels):
+    """Pairs of what LDM and diffusers' AutoencoderKL call the same part of a VAE, to be replaced in this order."""
+    down = [(f".down.{i}.", f".down_blocks.{i}.") for i in range(levels)]
+    up = [(f".up.{i}.", f".up_blocks.{levels - 1 - i}.") for i in range(levels)]
+    return down + up + [
+        (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+        (".mid.attn_1.", ".mid_block.attentions.0."), (".block.", ".resnets."), (".attn.", ".attentions."),
+        (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+        (".norm_out.", ".conv_norm_out."), (".nin_shortcut.", ".conv_shortcut."), (".norm.", ".group_norm."),
+        (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),
+        (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]   # before diffusers 0.16
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"models.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def read_published_vae(state, path):
+    """LDM, REPA-E, LightningDiT or diffusers -> (state dict in our names with latent statistics, config, info). What is
+    not part of the VAE (loss, EMA copies, VA-VAE's projection) is listed in info."""
+    state, form, settings = tensors(state, "module", "first_stage_model", "vae"), "LDM", {}
+    levels = len({k.split(".")[2] for k in state if k.startswith("encoder.down_blocks.")})
+    if levels:
+        form, beside = "diffusers", os.path.join(os.path.dirname(path), "config.json")
+        if os.path.isfile(beside):
+            with open(beside) as file:
+                settings = json.load(file)
+        for ours, theirs in diffusers_names(levels):
+            state = {k.replace(theirs, ours): v for k, v in state.items()}
+        state = {k: v[:, :, None, None] if ".attn" in k and v.ndim == 2 else v for k, v in state.items()}
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(state):
+        raise UserError(f"{path} holds no VAE in the names of LDM or diffusers; its first keys are {', '.join([*state][:3])}")
+    part = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    ignored = sorted({k.split(".")[0] for k in state if not k.startswith(part)})
+    state = {k: v.float() for k, v in state.items() if k.startswith(part)}
+    ch, channels = len(state["encoder.conv_in.weight"]), state["decoder.conv_in.weight"].shape[1]
+    widths = [len(state[k]) for k in sorted(state) if re.fullmatch(r"encoder\.down\.\d\.block\.0\.conv2\.weight", k)]
+    config = dict(spec=f"f{2 ** (len(widths) - 1)}d{channels}", resolution=settings.get("sample_size", 256), ch=ch,
+                  ch_mult=[width // ch for width in widths], groups=settings.get("norm_num_groups", 32),
+                  num_res_blocks=sum(re.fullmatch(r"encoder\.down\.0\.block\.\d\.conv2\.weight", k) is not None for k in state),
+                  attn_levels=[i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.q.weight" in state])
+    mean, std, source = latent_statistics(path, settings, config["spec"])
+    for name, value in (("latent_mean", mean), ("latent_std", std)):
+        state[name] = torch.as_tensor(value, dtype=torch.float32).flatten().expand(channels).clone()
+    return state, config, dict(format=form, ignored=ignored, latent_statistics=source, step=None)
+
+
+def latent_statistics(path, settings, spec):
+    """Mean and std of a published VAE's latents, each a number or one a channel, and where they were found: in a file
+    beside it, in diffusers' config.json (here `settings`), or, for f8d4, in LDM's constant."""
+    folder, file = os.path.split(path)
+    for name in (f"{os.path.splitext(file)[0]}-latents-stats.pt", "latents_stats.pt"):
+        if os.path.isfile(os.path.join(folder, name)):
+            stats = read_weights(os.path.join(folder, name))[0]
+            if "latents_scale" in stats:                    # REPA-E
+                return stats["latents_bias"], 1 / stats["latents_scale"], name
+            return stats["mean"], stats["std"], name        # LightningDiT
+    if settings.get("latents_std"):
+        return settings.get("latents_mean") or 0.0, settings["latents_std"], "config.json"
+    if settings.get("scaling_factor"):
+        return settings.get("shift_factor") or 0.0, 1 / settings["scaling_factor"], "config.json"
+    if spec == "f8d4":
+        return 0.0, LDM_STD, "LDM's scale factor 0.18215"       # also what diffusers takes where config.json says nothing
+    return 0.0, 1.0, "none found: 0 and 1"
+
+
+def read_published_sit(state, path):
+    """SiT, REPA or REPA-E -> (state dict in our convention, config, info)."""
+    state = tensors(state, "module")
+    if not {"x_embedder.proj.weight", "pos_embed"} <= set(state):
+        raise UserError(f"{path} holds no SiT; its first keys are {', '.join(list(state)[:3])}")
+    width, channels, patch = state["x_embedder.proj.weight"].shape[:3]
+    mean, std = ([0.0] * 4, [LDM_STD] * 4) if channels == 4 else (None, None)
+    if "bn.running_mean" in state:                          # REPA-E's batch norm of the latents
+        mean, std = state["bn.running_mean"].tolist(), (state["bn.running_var"] + 1e-4).sqrt().tolist()
+    state = {k: v.float() for k, v in state.items() if not k.startswith("bn.")}
+    config = dict(patch=patch, channels=channels, latent_size=patch * math.isqrt(state["pos_embed"].shape[1]),
+                  depth=len({k.split(".")[1] for k in state if k.startswith("blocks.")}), width=width,
+                  heads={w: heads for _, w, heads in SIT_SIZES.values()}.get(width, width // 64),
+                  num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, repa_block=8,
+                  vfm_dim=len(state["projectors.0.4.bias"]) if "projectors.0.4.bias" in state else None)
+    form = "REPA" if config["vfm_dim"] else "SiT"
+    if len(state["final_layer.linear.bias"]) == patch * patch * channels * 2:
+        form = "original SiT, time and sign turned, variance dropped"
+        turn_original_sit(state, patch * patch, channels)
+    info = dict(format=form, step=None, classes=[], vae_hash=None, vae_path=None, latent_mean=mean, latent_std=std)
+    return state, config, info
+
+
+def turn_original_sit(state, pixels, channels):
+    """The original SiT has t = 0 at noise and predicts data - noise and a variance: v(x, t) = -theirs(x, 1-t). Both turns
+    are linear, so they go into the weights: the sign into the last layer; cos and sin of (1-t) w mix those of t w, in the
+    first layer that sees them."""
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        value = state[name]
+        state[name] = -value.view(pixels, 2 * channels, -1)[:, :channels].reshape(-1, *value.shape[1:])
+    first = "t_embedder.mlp.0.weight"
+    cos, sin = state[first].double().chunk(2, dim=1)
+    half = cos.shape[1]
+    omega = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
+    state[first] = torch.cat([cos * omega.cos() + sin * omega.sin(), cos * omega.sin() - sin * omega.cos()], 1).float()

@@ -16,6 +16,7 @@ import models
 import sample
 import train_vae
 from conftest import script
+from tools import weights
 
 SMALL = dict(f8d4=dict(ch=32, ch_mult=(1, 2, 2, 2)), f16d32=dict(ch=32, ch_mult=(1, 1, 2, 2, 2)))
 
@@ -32,7 +33,7 @@ def small_vae(spec, groups=32):
 @pytest.mark.parametrize("spec", ["f8d4", "f16d32"])
 def test_export_is_what_diffusers_computes_and_comes_back_bit_for_bit(spec, tmp_path):
     vae, x = small_vae(spec, groups=8), torch.rand(2, 3, 64, 64) * 2 - 1
-    models.export_vae(vae, "diffusers", tmp_path / "d")
+    weights.export_vae(vae, "diffusers", tmp_path / "d")
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "d", low_cpu_mem_usage=False)
     with torch.no_grad():
         mean, logvar = vae.encode(x)
@@ -65,6 +66,18 @@ def test_diffusers_own_network_loads_strictly(spec, tmp_path):
         assert_near(logvar, posterior.logvar)
         assert_near(vae.decode(mean), net.decode(mean).sample)
     torch.testing.assert_close(vae.normalize(mean), (mean - 0.25) * 0.5)
+
+
+def test_diffusers_without_scaling_factor_means_its_default(tmp_path):
+    """The config.json of the first releases, sd-vae-ft-mse's among them, does not name it; diffusers then takes LDM's."""
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path)
+    config = json.load(open(tmp_path / "config.json"))
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        del config[key]
+    json.dump(config, open(tmp_path / "config.json", "w"))
+    theirs, vae = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False), models.load_vae(tmp_path)
+    z = torch.randn(1, 4, 2, 2)
+    torch.testing.assert_close(vae.normalize(z), z * theirs.config.scaling_factor)
 
 
 def assert_near(got, want):
@@ -132,7 +145,7 @@ def test_published_checkpoints(release, tmp_path):
     spec = "f16d32" if release == "lightningdit" else "f8d4"
     vae, mean, std = small_vae(spec), torch.randn(4), torch.rand(4) + 0.5
     path = tmp_path / "vae.pt"
-    models.export_vae(vae, "ldm", path)
+    weights.export_vae(vae, "ldm", path)
     state = torch.load(path, weights_only=True)["state_dict"]
     if release == "ldm":
         state.update({"loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.zeros(1)})
@@ -155,9 +168,9 @@ def test_published_checkpoints(release, tmp_path):
 
 def test_round_trip_is_bit_exact(tmp_path):
     vae = small_vae("f16d32")
-    models.export_vae(vae, "ldm", tmp_path / "a.ckpt")
+    weights.export_vae(vae, "ldm", tmp_path / "a.ckpt")
     one = models.load_vae(tmp_path / "a.ckpt")
-    models.export_vae(one, "diffusers", tmp_path / "d")
+    weights.export_vae(one, "diffusers", tmp_path / "d")
     two = models.load_vae(tmp_path / "d")
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in vae.state_dict().items() if not k.startswith("latent_"))
 
@@ -172,7 +185,7 @@ def test_wrong_files(tmp_path, monkeypatch):
     assert "holds no VAE" in says(tmp_path / "other.pt")
     torch.save({"encoder.conv_in.weight": print}, tmp_path / "code.pt")
     assert "without code" in says(tmp_path / "code.pt")
-    models.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.pt")
+    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.pt")
     state = torch.load(tmp_path / "v.pt", weights_only=True)["state_dict"]
     del state["encoder.mid.attn_1.q.bias"], state["decoder.conv_in.bias"]
     state["quant_conv.bias"] = torch.zeros(3)
@@ -189,7 +202,7 @@ def test_wrong_files(tmp_path, monkeypatch):
 def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
     """The hub itself cannot be reached in a test: what we ask it for is checked, and that its answer is opened."""
     import huggingface_hub
-    models.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "sub")
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "sub")
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert models.load_vae("hf:owner/name/sub@v2").channels == 4
@@ -198,13 +211,13 @@ def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     vae = small_vae("f8d4")
-    models.export_vae(vae, "ldm", tmp_path / "v.pt")
-    monkeypatch.setattr("sys.argv", ["models.py", "info", str(tmp_path / "v.pt")])
-    models.main()
+    weights.export_vae(vae, "ldm", tmp_path / "v.pt")
+    monkeypatch.setattr("sys.argv", ["weights.py", "info", str(tmp_path / "v.pt")])
+    weights.main()
     out = capsys.readouterr().out
     assert f"{sum(p.numel() for p in vae.parameters()):,}" in out and "LDM format" in out and "f8d4" in out
-    monkeypatch.setattr("sys.argv", ["models.py", "export", str(tmp_path / "v.pt"), "--to", "diffusers", str(tmp_path / "d")])
-    models.main()
+    monkeypatch.setattr("sys.argv", ["weights.py", "export", str(tmp_path / "v.pt"), "--to", "diffusers", str(tmp_path / "d")])
+    weights.main()
     assert json.load(open(tmp_path / "d" / "config.json"))["latent_channels"] == 4
 
 
@@ -283,7 +296,7 @@ def test_repa_checkpoints_bring_projector_and_latent_statistics(tmp_path):
     assert loaded.config["vfm_dim"] == 24 and all(torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items())
     vae = models.VAE("f16d32", 64, **SMALL["f16d32"])
     vae.latent_mean += 7
-    models.export_vae(vae, "diffusers", tmp_path / "vae")
+    weights.export_vae(vae, "diffusers", tmp_path / "vae")
     sit, vae = sample.load_pair(tmp_path / "repa.pt", tmp_path / "vae", "cpu")
     torch.testing.assert_close(vae.latent_mean, bn["bn.running_mean"])
     torch.testing.assert_close(vae.latent_std, (bn["bn.running_var"] + 1e-4).sqrt())
