@@ -9,6 +9,7 @@ Letters in shape comments: B pictures, C latent channels, h and w latent height 
 H heads, d width of a head.
 """
 import argparse
+import contextlib
 import difflib
 import hashlib
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -573,7 +575,7 @@ class LPIPS(nn.Module):
         from torchvision.models import VGG16_Weights, vgg16
         state = {}
         for path in [weights] if isinstance(weights, (str, os.PathLike)) else weights:
-            state.update(read_weights(path)[0])
+            state.update({k: v for k, v in read_weights(path)[0].items() if torch.is_tensor(v)})
         convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]            # torchvision's vgg16.features
         cuts = [4, 9, 16, 23, 30]                                                  # each after relu1_2 ... relu5_3
         renamed = {}
@@ -583,7 +585,7 @@ class LPIPS(nn.Module):
             renamed[key] = value
         try:
             if "features.0.weight" not in renamed:
-                renamed.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+                renamed.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True))
             if "lin0" not in renamed:
                 lin = torch.hub.load_state_dict_from_url(LPIPS_URL, file_name=f"lpips-vgg-{LPIPS_SHA256[:8]}.pth",
                                                          check_hash=True, map_location="cpu", weights_only=True)
@@ -596,13 +598,16 @@ class LPIPS(nn.Module):
         missing = [k for k in wanted + [f"lin{i}" for i in range(5)] if k not in renamed]
         if missing:
             raise UserError(f"LPIPS's weight files lack {len(missing)} tensors, the first is {missing[0]}")
-        features.load_state_dict({k[9:]: renamed[k] for k in wanted})
+        for i, width in enumerate(features[j].out_channels for j in (2, 7, 14, 21, 28)):
+            if renamed[f"lin{i}"].shape != (1, width, 1, 1):
+                raise UserError(f"LPIPS's linear layer {i} is {tuple(renamed[f'lin{i}'].shape)} instead of (1, {width}, 1, 1)")
+        load_strictly(features, {k[9:]: renamed[k] for k in wanted}, "LPIPS's VGG16")
         for module in features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False                      # the slices' outputs are kept
         self.slices = nn.ModuleList(features[a:b] for a, b in zip([0] + cuts[:-1], cuts))
         for i in range(5):
-            self.register_buffer(f"lin{i}", renamed[f"lin{i}"].float().view(1, -1, 1, 1))
+            self.register_buffer(f"lin{i}", renamed[f"lin{i}"].float().clone())
         # ImageNet's mean and std, moved to inputs in [-1,1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -662,25 +667,56 @@ def state_hash(state):
     return digest.hexdigest()[:16]
 
 
+def content_hash(weights, metadata):
+    """Of all that a file of ours holds: the state_hash of its weights and its metadata, but for "hash" itself."""
+    text = json.dumps({k: v for k, v in metadata.items() if k != "hash"}, sort_keys=True)
+    return hashlib.sha256((weights + text).encode()).hexdigest()[:16]
+
+
+def intact(path):
+    """Whether a zip file (.pt, .npz) is whole: each member has a CRC-32. torch.load checks none of them, and np.load not
+    those of arrays whose header was shortened."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:                                       # zipfile and zlib raise a dozen types
+        return False
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Around code that interprets a file of anyone's: whatever in it makes that fail is said in one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as {what} ({type(error).__name__}: {first_line(error)})") from error
+
+
 def read_weights(path):
     """A .safetensors file or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of strings).
-    No pickled code is ever executed."""
+    No pickled code is ever executed. Tensors of a checkpoint are views of the file, so that none reaches beyond it."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             head = file.read(9)
+        zipped = head[:4] == b"PK\3\4"                      # else it is older than torch 1.6, without checksums
+        if zipped and not intact(path):
+            raise ValueError("it is damaged: a checksum differs")
         if head[8:] == b"{":                                # safetensors: 8 bytes of length, then JSON
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+        return {k: v for k, v in state.items() if isinstance(k, str)}, {}
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({reason})") from None
-    return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
 
 
 def fetch(path):
@@ -793,10 +829,11 @@ def load_discriminator(path):
     """The discriminator of an LDM-style checkpoint (`loss.discriminator.main.0.weight`), or one of its own file."""
     state = read_weights(fetch(path))[0]
     state = {re.sub(r"^(module\.|loss\.|discriminator\.)+", "", k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k.startswith("main.")}
+    state = {k: v for k, v in state.items() if k.startswith("main.") and torch.is_tensor(v)}
     if not state:
         raise UserError(f"{path} holds no discriminator (no key such as loss.discriminator.main.0.weight)")
-    return load_strictly(PatchDiscriminator(), state, path)
+    with reading(path, "a discriminator"):
+        return load_strictly(PatchDiscriminator(), state, path)
 
 
 def read_vae(path):
@@ -810,7 +847,7 @@ def read_vae(path):
             raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
         path = os.path.join(path, found[0])
     state, metadata = read_weights(path)
-    if "kind" in metadata:
+    if OURS & set(metadata):
         return read_ours(path, "vae") + (path,)
     return read_published_vae(state, path) + (path,)
 
@@ -873,17 +910,34 @@ def export_vae(vae, kind, path):
               metadata=dict(format="pt"))
 
 
+OURS = {"kind", "config", "info", "hash"}                   # metadata of our files; others have "format" at most
+
+
 def read_ours(path, kind):
-    """-> (state dict, config, info) of a vae.safetensors or sit.safetensors."""
+    """-> (state dict, config, info with the weights' hash) of a vae.safetensors or sit.safetensors, whose content must be
+    what was written (files of older versions have no "hash" of it)."""
     state, metadata = read_weights(path)
+    weights = state_hash(state)
+    if set(metadata) - OURS - {"format"} or metadata.get("hash", "") not in ("", content_hash(weights, metadata)):
+        raise UserError(f"{path} is damaged: its content is not what was written; make it again or restore a copy")
     found = metadata.get("kind")
     if found != kind:
         what = f"a {found} checkpoint" if found else "no file of ours (it names no kind in its metadata)"
         raise UserError(f"{path} is {what}, but a {kind} is needed")
-    return state, json.loads(metadata["config"]), json.loads(metadata["info"])
+    return state, json.loads(metadata["config"]), dict(json.loads(metadata["info"]), hash=weights)
 
 
-def load_strictly(model, state, path):
+def build(network, config, state, path):
+    """network(**config) with the weights of a state dict, which are compared with its plan before memory is taken."""
+    if max(config.get("depth") or 0, config.get("num_res_blocks") or 0, len(config.get("ch_mult") or ())) > len(state):
+        raise UserError(f"{path} does not fit: {len(state)} tensors are too few for its architecture")
+    with torch.device("meta"):
+        fit(network(**config), state, path)
+    return load_strictly(network(**config), state, path)
+
+
+def fit(model, state, path):
+    """Raises unless names and shapes are the model's."""
     own = model.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in state]
     wrong += [f"{k} is unexpected" for k in state if k not in own]
@@ -891,6 +945,10 @@ def load_strictly(model, state, path):
               if k in state and state[k].shape != own[k].shape]
     if wrong:
         raise UserError(f"{path} does not fit: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}")
+
+
+def load_strictly(model, state, path):
+    fit(model, state, path)
     model.load_state_dict(state)
     return model
 
@@ -898,9 +956,12 @@ def load_strictly(model, state, path):
 def load_vae(path, device="cpu"):
     """The VAE that a file, a run's folder, a published checkpoint or hf:<owner>/<repository> describes, in eval mode;
     `vae.info` tells where it came from."""
-    state, config, info, path = read_vae(path)
-    vae = load_strictly(VAE(**config), state, path)
-    vae.info = dict(info, path=path, hash=state_hash(state))
+    with reading(path, "a VAE"):
+        state, config, info, path = read_vae(path)
+        vae = build(VAE, config, state, path)
+        vae.info = dict(info, path=path, hash=info.get("hash") or state_hash(state))
+    if not (vae.latent_mean.isfinite().all() and vae.latent_std.isfinite().all() and (vae.latent_std > 0).all()):
+        raise UserError(f"{path}: the mean and std of its latents are no finite numbers, or a std is not positive")
     return vae.to(device).eval()
 
 
@@ -913,9 +974,11 @@ def load_sit(path, device="cpu", ema=True):
     elif not ema and os.path.basename(path) == "sit.safetensors":
         path = os.path.join(os.path.dirname(path), "sit_raw.safetensors")
     state, metadata = read_weights(path)
-    state, config, info = read_ours(path, "sit") if "kind" in metadata else read_published_sit(state, path, ema)
-    sit = load_strictly(SiT(**config), state, path)
-    sit.info = dict(info, path=path, hash=state_hash(state), weights="ema" if ema else "raw")
+    with reading(path, "a SiT"):
+        ours = OURS & set(metadata)
+        state, config, info = read_ours(path, "sit") if ours else read_published_sit(state, path, ema)
+        sit = build(SiT, config, state, path)
+        sit.info = dict(info, path=path, hash=info.get("hash") or state_hash(state), weights="ema" if ema else "raw")
     return sit.to(device).eval()
 
 
