@@ -328,6 +328,9 @@ class ImageSet:
                     return False
                 self.names, self.labels, self.bad = file["names"], file["labels"], set(file["bad"].tolist())
             self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
+            if not (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
+                    and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes)))):
+                return False
             return header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
         except Exception:                                   # absent, damaged, or of another version: made again
             return False

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -710,8 +711,12 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        source = path
+        if not zipped:
+            with open(path, "rb") as file:
+                source = io.BytesIO(file.read())            # which has no more than the file, whatever it is asked for
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
         state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
         return {k: v for k, v in state.items() if isinstance(k, str)}, {}
     except Exception as error:

@@ -206,7 +206,10 @@ def read_awa2(root, args):
              if f.lower().endswith(common.IMAGE_TYPES)]
     label = np.array([classes.index(name.split("/")[0]) for name in names])
     if args.zero_shot:
-        test = np.isin(label, [classes.index(c) for c in column("testclasses.txt")])
+        chosen = column("testclasses.txt")
+        if set(chosen) - set(classes):
+            raise UserError(f"{root}/testclasses.txt: '{sorted(set(chosen) - set(classes))[0]}' is not in classes.txt")
+        test = np.isin(label, [classes.index(c) for c in chosen])
     else:
         test = stratified(label, 0.2, args.seed)
     split = with_validation(label, test, args.seed)

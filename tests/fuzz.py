@@ -424,11 +424,11 @@ TARGETS = {
     "checkpoint": (make_checkpoint, lambda: common.load_checkpoint(".", "cpu"), "exact", 12),
     "vae": (make_vae, lambda: network(models.load_vae(".")), "exact", 8),
     "sit": (make_sit, lambda: network(models.load_sit(".")), "exact", 8),
-    "ldm": (make_ldm, lambda: network(models.load_vae("vae.ckpt")), "exact", 3),
-    "diffusers": (make_diffusers, lambda: network(models.load_vae("vae")) and {}, "plain", 3),
+    "ldm": (make_ldm, lambda: network(models.load_vae("vae.ckpt")), "exact", 1.5),
+    "diffusers": (make_diffusers, lambda: network(models.load_vae("vae")) and {}, "plain", 0.3),
     "published_sit": (make_published_sit, lambda: network(models.load_sit("sit.pt")), "exact", 3),
     "lpips": (make_lpips, read_lpips, "file plain", 4),
-    "vfm": (make_vfm, lambda: models.VFM("test_vit", "vfm.safetensors", 32, 2).state_dict() and {}, "plain", 0.2),
+    "vfm": (make_vfm, lambda: models.VFM("test_vit", "vfm.safetensors", 32, 2).state_dict() and {}, "plain", 0.1),
     "file_list": (make_file_list, read_file_list, "exact", 8),
     "latents": (make_latents, read_latents, "plain", 8),
     "parts": (make_parts, read_parts, "exact", 4),
@@ -516,7 +516,7 @@ def work(readers, seed, ks, current, log):
         signal.setitimer(signal.ITIMER_REAL, 0)
         counts[f"{reader.name} {outcome}"] = counts.get(f"{reader.name} {outcome}", 0) + 1
         if outcome not in ("refused", "same", "other"):
-            log.write(json.dumps(dict(k=k, target=reader.name, file=path, outcome=outcome, details=details[-1500:])) + "\n")
+            log.write(json.dumps(dict(k=k, target=reader.name, file=path, outcome=outcome, details=details[-700:])) + "\n")
             log.flush()
             if counts[f"{reader.name} {outcome}"] <= 3:
                 with open(f"{log.name}-{k}-{os.path.basename(path)}", "wb") as file:
@@ -530,6 +530,7 @@ def work(readers, seed, ks, current, log):
 def child(readers, seed, ks, current, log):
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # decoders' warnings
     resource.setrlimit(resource.RLIMIT_AS, (now + LIMIT, now + LIMIT))
     work(readers, seed, ks, current, log)
     log.flush()
