@@ -353,13 +353,11 @@ def shown(path):
 
 
 def open_picture(path):
-    """-> PIL image whose pixels are not read yet. Refused are decompression bombs, and strips that would become one when their
-    short side is enlarged."""
+    """-> PIL image, its pixels not read yet. Decompression bombs, and strips that resizing would make one, are refused."""
     image = Image.open(path, formats=FORMATS)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 100 * min(image.size):
         image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels, but at most {Image.MAX_IMAGE_PIXELS} in all are read, and at "
-                         "most 100 times as many along one side as along the other")
+        raise ValueError(f"{image.width}x{image.height} pixels: more than {Image.MAX_IMAGE_PIXELS}, or a side 100 times the other")
     return image
 
 
@@ -388,7 +386,8 @@ def check_picture(path, decode=False):
         if kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
             return "it is truncated"
         if decode:
-            load_image(path, 32)
+            with open_picture(path) as image:
+                image.load()
         return size
     except Exception as error:
         return first_line(error)
@@ -417,8 +416,8 @@ class ImageSet:
         if rank() != 0 and not self.read_cache():
             self.scan()                                     # the cache could not be written
         if self.bad:
-            say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read, others of their classes take their places; the "
-                f"first is {shown(self.path(min(self.bad)))}")
+            say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read and others of their class take their places, the "
+                f"first for {shown(self.path(min(self.bad)))}")
 
     def read_cache(self):
         if not intact(self.cache):
@@ -480,11 +479,13 @@ class ImageSet:
                 pool = stack.enter_context(ProcessPoolExecutor(min(16, cores())))
                 found = pool.map(check, paths, chunksize=50 if self.check_data else 500)
             found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
-        bad = [(p, why) for p, why in zip(paths, found) if isinstance(why, str)]
         self.bad = {i for i, why in enumerate(found) if isinstance(why, str)}
-        if bad and (not self.skip_bad or {index[c] for c in of} - {x for i, x in enumerate(self.labels) if i not in self.bad}):
-            raise UserError(f"{len(bad)} picture{'s' if bad[1:] else ''} cannot be read, the first is {shown(bad[0][0])}: "
-                            f"{bad[0][1]}; " + ("they are all of a class" if self.skip_bad else "mend or remove it, or give --skip-bad"))
+        lost = sorted(set(of) - {name for i, name in enumerate(of) if i not in self.bad})
+        if self.bad and (lost or not self.skip_bad):
+            first = min(self.bad)
+            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {shown(paths[first])}: "
+                            f"{found[first]}; mend or remove it" + (f", {shown(lost[0])} has no other" if lost else
+                                                                    " (training takes another instead with --skip-bad)"))
         self.smallest = min(min(size) for size in found if not isinstance(size, str))
         lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
@@ -655,13 +656,12 @@ def open_array(path, dtype, shape):
     any header, and fills up with zeros what a cut file lacks."""
     try:
         array = np.load(path, mmap_mode="r")
-        if (array.dtype, array.shape, array.offset + array.nbytes) == (dtype, shape, os.path.getsize(path)) and array.flags.c_contiguous:
-            return np.load(path, mmap_mode="r+")
-    except PermissionError:
-        raise
-    except Exception:                                       # of the wrong header
-        pass
-    raise UserError(f"{path} is damaged; remove its folder and give the same command again")
+        found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
+    except Exception:                                       # NumPy's header parser raises a dozen types
+        found = None
+    if found != (dtype, shape, os.path.getsize(path), True):
+        raise UserError(f"{path} is damaged; remove its folder and give the same command again")
+    return np.load(path, mmap_mode="r+")
 
 
 def resumable_array(folder, name, dtype, shape, block):

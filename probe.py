@@ -199,8 +199,8 @@ def read_awa2(root, args):
     matrix = [line.split() for _, line in read_lines(first_of(root, "predicate-matrix-binary.txt"))]
     bad = [f"line {i} is not {len(attributes)} times 0 or 1" for i, row in enumerate(matrix, 1)
            if len(row) != len(attributes) or set(row) - {"0", "1"}]
-    if bad or len(matrix) != len(set(classes)):
-        bad.append(f"{len(matrix)} lines for {len(set(classes))} classes")
+    if bad or not len(matrix) == len(classes) == len(set(classes)):
+        bad.append(f"{len(matrix)} lines for {len(classes)} classes, {len(set(classes))} of them different")
         raise UserError(f"{root}/predicate-matrix-binary.txt: {bad[0]}")
     names = [f"{c}/{f}" for c in classes for f in sorted(os.listdir(first_of(root, f"JPEGImages/{c}/")))
              if f.lower().endswith(common.IMAGE_TYPES)]
