@@ -6,13 +6,19 @@ split, or on what was drawn before; hence there is no generator state to save.
 """
 import contextlib
 import ctypes
+import datetime
+import faulthandler
+import fcntl
+import functools
 import glob
 import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -24,16 +30,30 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import UserError
+from models import UserError, content_hash, first_line, intact, state_hash
 
 
 def run(main):
-    """Calls a script's main(); a UserError becomes one sentence on stderr and exit code 2."""
+    """Calls a script's main(); what a user can mend becomes one sentence on stderr and exit code 2, Ctrl-C code 130."""
     try:
         main()
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)      # other ranks may wait in a collective: do not join
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, UserError):
+            text = f"error: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            text = "interrupted; the same command goes on from what is saved"
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = f"error: {str(error).split('. ')[0]}; lower --batch-size, raise --accum, or try --grad-checkpoint"
+        elif isinstance(error, dist.DistError) or world() > 1 and "gloo" in str(error):
+            text = f"error: process {rank()} lost {missing()}, which died or hangs; see the messages above and below"
+        else:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        for thread in threading.enumerate():                       # a checkpoint that is being written
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 2
+        os._exit(code) if dist.is_initialized() else sys.exit(code)        # other ranks may wait in a collective: do not join them
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -52,7 +72,7 @@ def world():
 def say(*words):
     """print, on the first process only."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))
+        tqdm.write(" ".join(map(str, words)).encode(errors="backslashreplace").decode())       # of names that are not UTF-8
         sys.stdout.flush()
 
 
@@ -61,8 +81,9 @@ def barrier():
         dist.barrier()
 
 
-def setup(device=None):
-    """Joins the process group torchrun describes (a world of one without it) -> torch.device of this process."""
+def setup(device=None, timeout=1800):
+    """Joins the process group torchrun describes (a world of one without it) -> torch.device of this process. A process
+    that waits for the others for more than `timeout` seconds gives up."""
     with contextlib.suppress(OSError, AttributeError):      # glibc only: keep big tensors' pages between steps, see
         libc = ctypes.CDLL(None)                            # mallopt(3): M_MMAP_MAX = 0, M_TRIM_THRESHOLD, M_TOP_PAD
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-2, 64 * 2 ** 20)
@@ -77,7 +98,7 @@ def setup(device=None):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=timeout))
     return torch.device(device)
 
 
@@ -104,6 +125,7 @@ def add_run_arguments(parser):
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
     group.add_argument("--no-compile", dest="compile", action="store_false")
     group.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    group.add_argument("--timeout", type=float, default=1800, help="seconds until a process gives up waiting for the others")
     group.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores, up to 8)")
     group.add_argument("--seed", type=int, default=0)
 
@@ -162,25 +184,106 @@ def learning_rate(args, step, total):
     return rate * 0.5 * (1 + math.cos(math.pi * step / total)) if args.lr_schedule == "cosine" else rate
 
 
-def guarded_step(optimizer, params, limit, step, bad_step):
-    """Clips the gradient norm, steps and clears -> the norm before clipping (a tensor; nothing waits for the device).
-    A step whose norm is not finite leaves the weights alone; `bad_step`, a tensor, then becomes its number."""
-    total = nn.utils.clip_grad_norm_(params, limit)
-    finite = torch.isfinite(total)
-    bad_step.copy_(torch.where(finite | (bad_step >= 0), bad_step, step))
-    optimizer.found_inf = (~finite).float()                 # read by the fused kernels, as torch.amp.GradScaler sets it
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total
+class Guard:
+    """Steps an optimiser; a step whose losses or gradient norm are not finite changes neither weights nor the statistics of
+    batch norms. It is counted on the device: nothing waits for it."""
+
+    def __init__(self, module, optimizer, limit):
+        self.optimizer, self.limit = optimizer, limit
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.statistics = [b for m in module.modules() if isinstance(m, nn.BatchNorm2d) for b in (m.running_mean, m.running_var)]
+        self.good = [b.clone() for b in self.statistics]
+        # bad steps: in a row until now, most in a row and how many since the last look, number of the last one
+        self.bad = torch.zeros(4, dtype=torch.long, device=self.params[0].device)
+        self.bad_losses = None
+
+    def step(self, losses, step):
+        """Clips the gradient norm, steps and clears; losses (n,) -> the norm before clipping, a tensor."""
+        norm = nn.utils.clip_grad_norm_(self.params, self.limit)
+        finite = (torch.isfinite(norm) & torch.isfinite(losses).all()).long()
+        if world() > 1:                                     # a loss is not finite on one process: all must skip the step
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        self.optimizer.found_inf = 1 - finite.float()       # read by the fused kernels, as torch.amp.GradScaler sets it
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for now, good in zip(self.statistics, self.good):
+            good.copy_(torch.where(finite.bool(), now, good))
+            now.copy_(good)
+        row, most, count, last = self.bad.unbind()
+        row = (row + 1) * (1 - finite)
+        self.bad = torch.stack([row, torch.maximum(most, row), count + 1 - finite, torch.where(finite.bool(), last, step)])
+        losses = torch.cat([losses, norm[None]])
+        self.bad_losses = losses if self.bad_losses is None else torch.where(finite.bool(), self.bad_losses, losses)
+        return norm
+
+    def look(self, names, limit, folder):
+        """-> number of bad steps since the last look, and whether the last step was one. Raises after more than `limit` in a
+        row, with the last one's number, the terms that were not finite (names of the losses), and the last good checkpoint."""
+        row, most, count, last = self.bad.tolist()
+        if most > limit:
+            values = zip([*names, "gradient norm"], self.bad_losses.tolist())
+            terms = [name for name, value in values if not math.isfinite(value)] or ["on another process"]
+            raise UserError(f"{most} steps in a row, the last one {last}, were not finite ({', '.join(terms)}) and did not enter "
+                            f"the weights; the last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; lower "
+                            "--lr, or try --precision fp32")
+        self.bad[1:3] = 0
+        return count, row > 0
+
+    def load(self, bad):
+        """Takes over a resumed run's counts and, from the loaded module, its statistics."""
+        self.bad = bad
+        self.good = [b.clone() for b in self.statistics]
 
 
-def stop_if_bad(bad_step, names, values, folder):
-    """Raises if a step was not finite, naming it, the terms that were not, and the last good checkpoint."""
-    if bad_step.item() >= 0:
-        terms = [name for name, value in zip(names, values.tolist()) if not np.isfinite(value)]
-        raise UserError(f"step {int(bad_step.item())} was not finite ({', '.join(terms)}) and did not enter the weights; the "
-                        f"last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; lower --lr, or try "
-                        "--precision fp32")
+class Watch:
+    """Watches over a training run's processes: SIGTERM or SIGUSR1 to any of them ends the run after the step, on all
+    together; one that hangs for longer than --timeout prints its stack and ends."""
+
+    def __init__(self, timeout):
+        self.asked, self.timeout, self.group = False, timeout, None
+        main = os.getpid()
+
+        def note(number, frame):
+            self.asked = self.asked or os.getpid() == main         # forked loader processes inherit the handler
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, note)
+        if world() > 1:                                     # on CPU tensors: a GPU need not be waited for
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+
+    def stop(self):
+        """Before each step: whether any process was asked to stop."""
+        if self.group is None:
+            return self.asked
+        faulthandler.cancel_dump_traceback_later()
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        return bool(asked)
+
+    def begin_step(self):
+        if self.group is not None:                          # later than the others' own time-out, which names this process
+            faulthandler.dump_traceback_later(self.timeout + 5, exit=True)
+
+
+def missing():
+    """Words on the processes that do not say, within some seconds, that they wait for others too."""
+    store, silent = dist.distributed_c10d._get_default_store(), []
+    with contextlib.suppress(RuntimeError):                 # the store went with the first process
+        store.set(f"process {rank()} waits", "1")
+        time.sleep(3)
+        silent = [str(r) for r in range(world()) if not store.check([f"process {r} waits"])]
+    return f"process {', '.join(silent)}" if silent else "the others"
+
+
+def stop_at_signal():
+    """For work in blocks that are kept when done: SIGTERM and SIGUSR1 end the process at once, with exit code 0."""
+    main = os.getpid()
+
+    def leave(number, frame):
+        if os.getpid() == main:
+            print(f"stopped by {signal.Signals(number).name}; the same command goes on with what is left", flush=True)
+        sys.exit(0)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, leave)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,19 +342,40 @@ def adm_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size]
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")        # whatever the name says; others may run programs
+_replaced, _told = [], set()                                # what --skip-bad passed by in this process; what the user was told
+
+
+def shown(path):
+    """A path for a message: on one line, whatever its name holds."""
+    path = os.fsdecode(path)
+    return path if path.isprintable() else ascii(path)
+
+
+def open_picture(path):
+    """-> PIL image, its pixels not read yet. Decompression bombs, and strips that resizing would make one, are refused."""
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 100 * min(image.size):
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels: more than {Image.MAX_IMAGE_PIXELS}, or a side 100 times the other")
+    return image
+
+
 def load_image(path, size):
     """File -> uint8 (size,size,3). EXIF rotation is ignored, as ADM does; of an animation the first frame is taken."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return adm_crop(to_rgb(image), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}") from None
+    except Exception as error:                              # Pillow's decoders raise a dozen types
+        raise UserError(f"cannot read the picture {shown(path)}: {first_line(error)}") from None
 
 
-def check_picture(path):
-    """Cheap test of one file: its header is read and its end must be there. -> width, height, or what is wrong."""
+def check_picture(path, decode=False):
+    """Cheap test of one file: its header is read and its end must be there; or all of it. -> width, height, or what is wrong."""
     try:
-        with Image.open(path) as image:
+        if not os.path.isfile(path):
+            return "it is a broken link" if os.path.islink(path) else "it is no file"
+        with open_picture(path) as image:
             if image.mode == "F":
                 return "floating-point pixels have no known range"
             size, kind = image.size, image.format
@@ -259,11 +383,14 @@ def check_picture(path):
         with open(path, "rb") as file:
             file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
             tail = file.read()
-        if kind == "JPEG" and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
+        if kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
             return "it is truncated"
+        if decode:
+            with open_picture(path) as image:
+                image.load()
         return size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
+    except Exception as error:
+        return first_line(error)
 
 
 class ImageSet:
@@ -271,14 +398,16 @@ class ImageSet:
 
     names: bytes (N,) relative to root, sorted; labels int64 (N,); classes: list of folder names, sorted; fingerprint:
     hash of the names and sizes of the files. Listing and checking happen once: the result is kept under runs/cache and
-    used again while no folder's modification time changes."""
+    used again while no folder's modification time changes. `check_data`: the check decodes every picture in full.
+    `skip_bad`: another one stands in for a picture that cannot be read, else it is an error."""
 
-    def __init__(self, root):
-        self.root = os.path.abspath(root)
+    def __init__(self, root, check_data=False, skip_bad=False):
+        self.root, self.check_data, self.skip_bad = os.path.abspath(root), check_data, skip_bad
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name one with --data, laid out as <class>/<picture> "
                             "(`python demo.py` makes a small one under runs/demo)")
-        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+        self.root_bytes = os.fsencode(self.root)
+        name = hashlib.sha256(self.root_bytes).hexdigest()[:16]
         self.cache = os.path.join("runs", "cache", f"files-{name}.npz")
         if rank() == 0 and not self.read_cache():
             self.scan()
@@ -286,31 +415,42 @@ class ImageSet:
         barrier()
         if rank() != 0 and not self.read_cache():
             self.scan()                                     # the cache could not be written
-        self.root_bytes = os.fsencode(self.root)
+        if self.bad:
+            say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read and others of their class take their places, the "
+                f"first for {shown(self.path(min(self.bad)))}")
 
     def read_cache(self):
+        if not intact(self.cache):
+            return False
         try:
             with np.load(self.cache, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
                     return False
-                self.names, self.labels = file["names"], file["labels"]
+                self.names, self.labels, self.bad = file["names"], file["labels"], set(file["bad"].tolist())
+            self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
+            if not (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
+                    and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes)))):
+                return False
+            return header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
         except Exception:                                   # absent, damaged, or of another version: made again
             return False
-        self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
-        return True
 
     def write_cache(self):
-        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest)
+        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
+                      decoded=self.check_data)
         try:
             with writing(self.cache) as file:
-                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels)
+                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
+                         bad=np.array(sorted(self.bad), np.int64))
         except OSError as error:
             say(f"note: the file list could not be kept in {self.cache} ({error})")
 
     def scan(self):
         self.folders, files = {}, []                        # every folder below root -> its modification time
         for folder, inside, names in os.walk(self.root, followlinks=True, onerror=self.unreadable):
+            if os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{os.path.realpath(folder)}/"):
+                raise UserError(f"{shown(folder)} is a link to a folder that it is in itself; remove it")
             inside.sort()
             relative = os.path.relpath(folder, self.root)
             self.folders[relative] = os.stat(folder).st_mtime_ns
@@ -326,38 +466,67 @@ class ImageSet:
         empty = sorted(set(subfolders) - set(of))
         if empty:
             raise UserError(f"{len(empty)} class folder{'s' if empty[1:] else ''} without pictures, the first is "
-                            f"{os.path.join(self.root, empty[0])}; fill or remove it")
+                            f"{shown(os.path.join(self.root, empty[0]))}; fill or remove it")
         self.classes = sorted(set(of))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in of], dtype=np.int64)
         self.names = np.array([os.fsencode(f) for f in files])
         paths = [os.path.join(self.root, f) for f in files]
+        check = functools.partial(check_picture, decode=self.check_data)
         with contextlib.ExitStack() as stack:
-            check = map(check_picture, paths)
-            if len(paths) > 5000:
-                pool = stack.enter_context(ProcessPoolExecutor(min(16, os.cpu_count())))
-                check = pool.map(check_picture, paths, chunksize=500)
-            found = list(tqdm(check, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
-        bad = [(p, why) for p, why in zip(paths, found) if isinstance(why, str)]
-        if bad:
-            raise UserError(f"{len(bad)} picture{'s' if bad[1:] else ''} cannot be read, the first is {bad[0][0]}: "
-                            f"{bad[0][1]}; mend or remove it")
-        self.smallest = min(min(size) for size in found)
-        lines = [f"{f} {os.path.getsize(p)}" for f, p in zip(files, paths)]
+            found = map(check, paths)
+            if len(paths) > (200 if self.check_data else 5000):
+                pool = stack.enter_context(ProcessPoolExecutor(min(16, cores())))
+                found = pool.map(check, paths, chunksize=50 if self.check_data else 500)
+            found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
+        self.bad = {i for i, why in enumerate(found) if isinstance(why, str)}
+        lost = sorted(set(of) - {name for i, name in enumerate(of) if i not in self.bad})
+        if self.bad and (lost or not self.skip_bad):
+            first = min(self.bad)
+            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {shown(paths[first])}: "
+                            f"{found[first]}; mend or remove it" + (f", {shown(lost[0])} has no other" if lost else
+                                                                    " (training takes another instead with --skip-bad)"))
+        self.smallest = min(min(size) for size in found if not isinstance(size, str))
+        lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def unreadable(self, error):
-        raise UserError(f"cannot list {error.filename}: {error.strerror}")
+        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
 
     def __len__(self):
         return len(self.names)
 
+    def path(self, i):
+        return os.path.join(self.root_bytes, self.names[i])
+
+    def candidates(self, i):
+        """i and, with skip_bad, the others of its class in turn: a function of i alone, the same on every process."""
+        yield i
+        if self.skip_bad:
+            same = np.flatnonzero(self.labels == self.labels[i])
+            yield from np.roll(same, -np.searchsorted(same, i))[1:]
+
     def load(self, i, size):
-        return load_image(os.path.join(self.root_bytes, self.names[i]), size)
+        """-> uint8 (size,size,3)."""
+        for j in self.candidates(i):
+            try:
+                if j not in self.bad:
+                    return load_image(self.path(j), size)
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                _replaced.append(str(error))
+        raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
 
     def stack(self, index, size):
         """Indices -> uint8 (b,3,size,size)."""
         return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
+
+
+def take_replaced():
+    """What was passed by since the last call, for `batches` to tell: loaders are other processes."""
+    taken, _replaced[:] = _replaced[:], []
+    return taken
 
 
 class Batches(torch.utils.data.Dataset):
@@ -395,7 +564,7 @@ class Batches(torch.utils.data.Dataset):
                 batch.update(self.extra(index, flip.numpy()))
         except UserError as error:
             return error
-        return batch
+        return dict(batch, replaced=take_replaced())
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -407,25 +576,41 @@ class Blocks(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         try:
-            return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
+            image = self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size)
+            return dict(image=image, replaced=take_replaced())
         except UserError as error:
             return error
 
 
+def cores():
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()       # macOS has none
+
+
 def loader_workers(workers):
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return workers
+
+
+def ignore_signals(worker):
+    """A scheduler's signal goes to loaders too: they go on until the process they read for has ended."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, items, workers, device):
     """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
     workers = loader_workers(workers)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
-                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
+                                         worker_init_fn=ignore_signals)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        for message in set(batch.pop("replaced", ())) - _told:
+            _told.add(message)
+            tqdm.write(f"warning: {message}; another one of its class takes its place ({len(_told)} so far)", file=sys.stderr)
         yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
@@ -448,8 +633,8 @@ def to_uint8(x):
 # Files: written beside their name, flushed, renamed. A reader never sees half a file
 
 @contextlib.contextmanager
-def writing(path):
-    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well."""
+def writing(path, check=None):
+    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well, and check(its path) does."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -457,11 +642,26 @@ def writing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def open_array(path, dtype, shape):
+    """A memory map of an .npy file, to read and write. Its header and size must be what it was made with: np.load believes
+    any header, and fills up with zeros what a cut file lacks."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
+    except Exception:                                       # NumPy's header parser raises a dozen types
+        found = None
+    if found != (dtype, shape, os.path.getsize(path), True):
+        raise UserError(f"{path} is damaged; remove its folder and give the same command again")
+    return np.load(path, mmap_mode="r+")
 
 
 def resumable_array(folder, name, dtype, shape, block):
@@ -474,8 +674,8 @@ def resumable_array(folder, name, dtype, shape, block):
         with writing(marks) as file:                        # last: its presence says that the array is there
             np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
     barrier()
-    array, done = (np.load(p, mmap_mode="r+") for p in (path, marks))
-    todo = np.flatnonzero(done == 0)
+    array, done = open_array(path, dtype, shape), open_array(marks, np.uint8, (-(-shape[0] // block),))
+    todo = np.flatnonzero(done != 1)
     barrier()                                               # nobody marks a block before all have read the list
     return array, done, todo
 
@@ -491,29 +691,97 @@ def save_weights(path, kind, state, config, info):
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     metadata = dict(format="pt", kind=kind, config=json.dumps(config), info=json.dumps(info))
+    metadata["hash"] = content_hash(state_hash(state), metadata)
     with writing(path) as file:
         file.write(save(state, metadata))
 
 
-def save_checkpoint(folder, step, state, keep=2):
-    """The whole training state -> folder/checkpoints/<step>.pt; the newest `keep` are kept."""
-    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
+_locks = {}
+
+
+def lock(folder, wait=False):
+    """Makes this run the only one that writes into a folder, until its process ends, however it ends; refuses, or waits
+    for, another. Also removes half-written files that a killed run left there."""
+    if rank() == 0:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            _locks[folder] = open(os.path.join(folder, ".lock"), "a")
+            try:
+                fcntl.lockf(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)     # unlike flock's, not inherited by loaders
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
+                say(f"waiting for another process that writes into {folder}")
+                fcntl.lockf(_locks[folder], fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+        for inside in (folder, os.path.join(folder, "checkpoints")):
+            for path in glob.glob(os.path.join(glob.escape(inside), "*.tmp")):
+                os.remove(path)
+    barrier()
+
+
+def unlock(folder):
+    if rank() == 0:
+        _locks.pop(folder).close()
+
+
+def to_host(value):
+    """A copy in host memory of nested dicts and lists of tensors."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: to_host(v) for k, v in value.items()}
+    return type(value)(map(to_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Saver:
+    """Writes a run's weights and training state, on the first process, in a thread, from a copy in host memory. What cannot
+    be written is said at once and training goes on; only at the end it is an error. What was saved before stays good."""
+
+    def __init__(self, folder, keep_every=0):
+        self.folder, self.keep_every, self.thread, self.error = folder, keep_every, None, None
+
+    def save(self, step, weights, state):
+        """weights: {file name: (kind, state dict, config, info)} for save_weights; state: for save_checkpoint."""
+        if rank() == 0:
+            self.wait()
+            self.thread = threading.Thread(target=self.write, args=(step, to_host(weights), to_host(state)))
+            self.thread.start()
+
+    def write(self, step, weights, state):
+        self.error = None
+        try:
+            for name, parts in weights.items():
+                save_weights(os.path.join(self.folder, name), *parts)
+            save_checkpoint(self.folder, step, state, self.keep_every)
+        except (OSError, RuntimeError) as error:            # torch.save turns some failed writes into RuntimeError
+            last = (list_checkpoints(self.folder) or ["none"])[-1]
+            self.error = f"cannot save step {step} in {self.folder}: {error}; the last good checkpoint is {last}"
+            say(f"warning: {self.error}; training goes on")
+
+    def wait(self):
+        if self.thread is not None:
+            self.thread.join()
+
+    def close(self):
+        """Waits for the last save; raises if it failed."""
+        self.wait()
+        if self.error:
+            raise UserError(f"{self.error}; make room and give the same command again")
+
+
+def save_checkpoint(folder, step, state, keep_every=0):
+    """The whole training state -> folder/checkpoints/<step>.pt, checked by reading it back before it gets this name. The
+    last two are kept, and those of every `keep_every` steps."""
+    def check(path):
+        if not intact(path):
+            raise OSError("what was read back differs from what was written: the disk may be failing")
+    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt"), check) as file:
         torch.save(state, file)
-    for old in list_checkpoints(folder)[:-keep]:
-        os.remove(old)
-
-
-@contextlib.contextmanager
-def saving(folder, final):
-    """Around the writes of a save: a full disk is said aloud and training goes on; only at the end it is an error.
-    Files are replaced whole, so what was saved before stays good."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:                # torch.save turns some failed writes into RuntimeError
-        reason = f"cannot save in {folder}: {error}; the last good checkpoint is {(list_checkpoints(folder) or ['none'])[-1]}"
-        if final:
-            raise UserError(f"{reason}; make room and give the same command again") from None
-        say(f"warning: {reason}; training goes on")
+    for old in list_checkpoints(folder)[:-2]:
+        if not keep_every or int(os.path.basename(old)[:-3]) % keep_every:
+            os.remove(old)
 
 
 def list_checkpoints(folder):
@@ -521,13 +789,15 @@ def list_checkpoints(folder):
 
 
 def load_checkpoint(folder, device):
-    """The newest readable checkpoint -> its state, or None where there is none. Damaged ones are named and passed by."""
+    """The newest whole checkpoint -> its state, or None where there is none. Damaged ones are named and passed by."""
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:
-            say(f"warning: {path} is damaged ({type(error).__name__}), using the one before it")
+            if intact(path):
+                return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:                          # whole, but not a checkpoint
+            say(f"note: {path}: {str(error).splitlines()[0]}")
+        say(f"warning: {path} is damaged, using the one before it")
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be read; start anew with --overwrite")
     return None
@@ -606,15 +876,17 @@ class RunLog:
         if self.main:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
             line = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2))
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            self.write(line)
+
+    def write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
 
     def note(self, step, values):
         """A line of measurements other than the losses, also said."""
         if self.main:
             say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            self.file.write(json.dumps(dict(step=step, **values)) + "\n")
-            self.file.flush()
+            self.write(dict(step=step, **values))
 
 
 @torch.no_grad()

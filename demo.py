@@ -137,7 +137,7 @@ def call(*commands):
     """Runs commands side by side, each with its share of the cores: small networks gain little from a second one. The
     first writes to the terminal, the others to a log. Finished stages say so and return at once."""
     here = os.path.dirname(os.path.abspath(__file__))
-    share = max(1, len(os.sched_getaffinity(0)) // len(commands))
+    share = max(1, common.cores() // len(commands))
     running = []
     for i, words in enumerate(commands):
         print(f"\n$ python {shlex.join(words)}" + (f"      # beside it; its output: {OUT}/log.txt" if i else ""), flush=True)

@@ -12,6 +12,7 @@ Picture i of a set is a function of (--seed, i) alone: not of the batch size, no
 interrupted set goes on where it was, with the same command.
 """
 import argparse
+import glob
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import normal, say
-from models import UserError, load_sit, load_vae
+from models import UserError, load_sit, load_vae, reading
 
 
 def add_sampler_arguments(parser):
@@ -149,14 +150,17 @@ def draw_set(sit, vae, args, device, precision, settings):
     """--num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON. The pictures grow in a folder
     beside it; blocks that are done are marked, so that a killed run loses at most one block a process."""
     parts, size = args.out + ".parts", vae.resolution
+    common.stop_at_signal()
+    common.lock(parts)
     if common.rank() == 0:
         if args.overwrite:
-            shutil.rmtree(parts, ignore_errors=True)
+            for path in glob.glob(os.path.join(glob.escape(parts), "*")):
+                os.remove(path)
         record = os.path.join(parts, "settings.json")
         keep = {k: v for k, v in settings.items() if k != "provenance"}
         if os.path.exists(record):
-            with open(record) as file:
-                old = json.load(file)
+            with reading(record, "the settings of an interrupted set; remove its folder"), open(record) as file:
+                old = dict(json.load(file))
             differ = [f"{k} was {old.get(k)} and is now {v}" for k, v in keep.items() if old.get(k) != v]
             if differ:
                 raise UserError(f"{parts} holds an interrupted set with other settings: {'; '.join(differ)}; use the same, "

@@ -30,13 +30,16 @@ from sample import draw, set_labels
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
         "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_steps",
-        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights"}
+        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps", "timeout",
+        "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
     g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
     g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
@@ -70,7 +73,9 @@ def parse_arguments(argv=None):
     g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
     g.add_argument("--log-every", type=int, default=100, help="steps")
     g.add_argument("--sample-every", type=int, default=10000, help="steps between previews")
-    g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
+    g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints; the last two are kept")
+    g.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay for good; 0: none")
+    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after more steps in a row whose loss is not finite")
     g.add_argument("--preview-steps", type=int, default=50, help="of the ODE sampler of previews and --fid-every")
     g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
     g = p.add_argument_group("FID during training, of EMA samples without guidance")
@@ -97,6 +102,8 @@ def cache_latents(vae, data, flip, args, device, precision):
     folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
     record = os.path.join(folder, "latents.json")
+    common.stop_at_signal()
+    common.lock(folder, wait=True)
     try:
         if common.rank() == 0 and not os.path.exists(record):
             os.makedirs(folder, exist_ok=True)
@@ -126,6 +133,7 @@ def cache_latents(vae, data, flip, args, device, precision):
                 latents[begin:begin + len(pair), side] = pair
         common.mark_done(latents, done, block)
     common.barrier()
+    common.unlock(folder)
     return folder
 
 
@@ -165,14 +173,14 @@ def drop_labels(y, u, share, null):
 
 def main():
     args = parse_arguments()
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.timeout)
     precision = common.resolve_precision(args.precision, device)
     micro_batch = common.share_batch(args.batch_size, args.accum)
 
     # Data and latents
     args.vae = args.vae or os.path.dirname(common.newest("vae.safetensors", "VAE", "python train_vae.py"))
     vae = load_vae(args.vae, device)
-    data = common.ImageSet(args.data)
+    data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
     folder = cache_latents(vae, data, args.flip, args, device, precision)
     cache = LatentCache(folder)
@@ -190,14 +198,14 @@ def main():
     total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
     steps_per_epoch = len(data) / args.batch_size
     say(f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid ** 2} tokens; {precision} on {device}")
-    params = list(net.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    guard = common.Guard(net, optimizer, args.clip)
 
     # Resume
     names = ["flow", "repa", "grad_norm"]
-    running = torch.zeros(len(names) + 1, device=device)    # sums of the above since the last log line, and their count
-    bad_step = torch.tensor(-1, device=device)
+    running = torch.zeros(len(names) + 2, device=device)    # since the last log line: sums of these, bad steps, good steps
     start = 0
+    common.lock(args.out)
     state = None if args.overwrite else common.load_checkpoint(args.out, device)
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
@@ -212,7 +220,9 @@ def main():
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        running.copy_(state["running"])
+        running[:len(state["running"]) - 1] = state["running"][:-1]        # older runs counted no bad steps
+        running[-1] = state["running"][-1]
+        guard.load(state.get("bad", guard.bad))
         say(f"resuming  {args.out} at step {start}")
         del state
     elif common.rank() == 0:
@@ -244,29 +254,19 @@ def main():
             labels = set_labels("equal", ids, net.num_classes, args.seed)
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
-    def save(step):
-        common.gather_mean(running)
-        with common.saving(args.out, final=step == total):
-            if common.rank() == 0:
-                info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
-                            classes=data.classes, vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
-                for name, module in (("sit", ema), ("sit_raw", net)):
-                    common.save_weights(f"{args.out}/{name}.safetensors", "sit", module.state_dict(), net.config, info)
-                common.save_checkpoint(args.out, step, dict(
-                    step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(), ema=ema.state_dict(),
-                    optimizer=optimizer.state_dict(), running=running))
-        common.barrier()
-
+    watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     for step in range(start, total + 1):                    # the last turn only measures and saves
+        stop = watch.stop()
         due = step == total or step % args.save_every == 0 and step > start
-        if due or step % args.log_every == 0:
-            common.stop_if_bad(bad_step, names, running, args.out)
+        if due or stop or step % args.log_every == 0:
+            count, bad = guard.look(names[:2], args.max_bad_steps if step < total else 0, args.out)
+            running[-2] += count
+            due = due and not bad
         if step > start and (step % args.log_every == 0 or step == total):
-            values = common.gather_mean(running.clone()).tolist()
-            log.log(step, {k: v / max(values[-1], 1) for k, v in zip(names, values) if k != "repa" or args.repa}, args.batch_size)
+            *values, skipped, count = common.gather_mean(running.clone()).tolist()
+            losses = {k: v / count for k, v in zip(names, values) if count and (k != "repa" or args.repa)}
+            log.log(step, dict(losses, bad_steps=round(skipped)) if skipped else losses, args.batch_size)
             running.zero_()
-        if due:
-            save(step)
         if (step == total or step % args.sample_every == 0 and step > start) and common.rank() == 0:
             ids = torch.arange(64, device=device)           # 8 rows, the same noise and labels every time
             labels = (ids // 8 * len(data.classes) // 8) if len(data.classes) > 8 else ids // 8 % len(data.classes)
@@ -274,12 +274,21 @@ def main():
             common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(8))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if step == total:
+        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
+            common.gather_mean(running)
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
+                        vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
+            saver.save(step, {f"{name}.safetensors": ("sit", module.state_dict(), net.config, info)
+                              for name, module in (("sit", ema), ("sit_raw", net))},
+                       dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(),
+                            ema=ema.state_dict(), optimizer=optimizer.state_dict(), running=running, bad=guard.bad))
+        if step == total or stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
+        watch.begin_step()
         batch = next(stream)
-        losses = torch.zeros(len(names) + 1, device=device)
+        losses = torch.zeros(len(names) + 2, device=device)
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
             position = batch["position"][part]
@@ -301,13 +310,16 @@ def main():
                 ((flow + args.repa * repa) / args.accum).backward()
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
-        losses[2] = common.guarded_step(optimizer, params, args.clip, step, bad_step)
+        losses[2] = guard.step(losses[:2], step)
         common.ema_update(ema, net, args.ema)
         losses[-1] = 1
-        running += losses
+        running += torch.where(torch.isfinite(losses).all(), losses, 0)
         log.bar.update()
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
+    saver.close()
+    if stop and step < total:
+        return say(f"stopped   by a signal; {args.out} is saved at step {step}, the same command goes on")
     say(f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
 
 

@@ -27,13 +27,16 @@ from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
         "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
-        "resume", "probe_every", "probe_data", "fid_every", "fid_num", "fid_ref", "inception_weights"}
+        "resume", "probe_every", "probe_data", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps",
+        "timeout", "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--val", help="folder of held-out pictures: PSNR and alignment loss at every save")
     g.add_argument("--val-images", type=int, default=2000, help="how many of them, the first of a fixed shuffle")
     g.add_argument("--resolution", type=int, default=256, help="side of the square picture, pixels")
@@ -81,7 +84,9 @@ def parse_arguments(argv=None):
     g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
     g.add_argument("--log-every", type=int, default=50, help="steps")
     g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures")
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints; the last two are kept")
+    g.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay for good; 0: none")
+    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after more steps in a row whose loss is not finite")
     g.add_argument("--stats-images", type=int, help="for the final latent statistics (default: all; 4000 at checkpoints)")
     g.add_argument("--probe-every", type=int, default=0, help="steps between linear probes of --probe-data; 0: never")
     g.add_argument("--probe-data", help="folder of a benchmark (see probe.py): F1 of a small probe on its attributes")
@@ -182,7 +187,7 @@ def validate(net, vfm, data, args, device, precision):
 def principal_components(z):
     """Latents (B,C,h,w) -> uint8 (B,3,h,w): their first three principal components over the batch, as RGB."""
     B, C, h, w = z.shape
-    flat = z.float().permute(0, 2, 3, 1).reshape(-1, C)
+    flat = z.float().nan_to_num().permute(0, 2, 3, 1).reshape(-1, C)
     flat = flat - flat.mean(0)
     axes = torch.linalg.svd(flat.cpu().double(), full_matrices=False)[2][:3].to(flat)        # (3,C)
     axes = axes * axes.sum(1, keepdim=True).sign()           # an axis has no sign of its own: fix it, or colours flicker
@@ -211,12 +216,12 @@ def main():
     args = parse_arguments()
     if args.freeze:
         args.lpips = args.kl = args.gan = 0
-    device = common.setup(args.device)
+    device = common.setup(args.device, args.timeout)
     precision = common.resolve_precision(args.precision, device)
     micro_batch = common.share_batch(args.batch_size, args.accum)
 
     # Data
-    data = common.ImageSet(args.data)
+    data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     val_data = common.ImageSet(args.val) if args.val else None
     total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
     steps_per_epoch = len(data) / args.batch_size
@@ -261,15 +266,16 @@ def main():
     # Optimisers
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    disc_optimizer = None
+    guard, disc_guard, disc_optimizer = common.Guard(net, optimizer, args.clip), None, None
     if disc is not None:
         disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        disc_guard = common.Guard(disc, disc_optimizer, args.clip)
 
     # Resume
     names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
-    running = torch.zeros(len(names) + 1, device=device)    # sums of the above since the last log line, and their count
-    bad_step = torch.tensor(-1, device=device)
+    running = torch.zeros(len(names) + 2, device=device)    # since the last log line: sums of these, bad steps, good steps
     start = 0
+    common.lock(args.out)
     state = None if args.overwrite else common.load_checkpoint(args.out, device)
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
@@ -285,7 +291,10 @@ def main():
         if disc is not None:
             disc.load_state_dict(state["disc"])
             disc_optimizer.load_state_dict(state["disc_optimizer"])
-        running.copy_(state["running"])
+            disc_guard.load(state.get("disc_bad", disc_guard.bad))
+        running[:len(state["running"]) - 1] = state["running"][:-1]        # older runs counted no bad steps
+        running[-1] = state["running"][-1]
+        guard.load(state.get("bad", guard.bad))
         say(f"resuming  {args.out} at step {start}")
         del state
     elif common.rank() == 0:
@@ -327,8 +336,8 @@ def main():
             with torch.no_grad(), common.autocast(device, precision):
                 yield index, common.to_uint8(ema.vae.decode(ema.vae.encode(common.from_uint8(x))[0]))
 
-    def save(step, final=False):
-        """Latent statistics, measurements, vae.safetensors and the checkpoint."""
+    def take_statistics(step, final):
+        """Latent statistics into net and ema; PSNR and alignment loss of held-out pictures."""
         module = ema.eval()
         stats_images = (args.stats_images or len(data)) if final else 4000
         mean, std = latent_statistics(module.vae, data, args.resolution, min(stats_images, len(data)), args, device, precision)
@@ -338,42 +347,50 @@ def main():
         if val_data is not None:
             log.note(step, validate(module, vfm, val_data, args, device, precision))
         ema.train(ema is net)
-        common.gather_mean(running)
-        with common.saving(args.out, final):
-            if common.rank() == 0:
-                info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
-                            stats_images=stats_images, **common.provenance())
-                common.save_weights(f"{args.out}/vae.safetensors", "vae", ema.vae.state_dict(), vae.config, info)
-                common.save_checkpoint(args.out, step, dict(
-                    step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
-                    optimizer=optimizer.state_dict(), disc=disc and disc.state_dict(),
-                    disc_optimizer=disc_optimizer and disc_optimizer.state_dict()))
-        common.barrier()
+        return stats_images
 
+    watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     for step in range(start, total + 1):                    # the last turn only measures and saves
+        stop = watch.stop()
         due = step == total or step % args.save_every == 0 and step > start
-        if due or step % args.log_every == 0:
-            common.stop_if_bad(bad_step, names, running, args.out)
+        if due or stop or step % args.log_every == 0:
+            limit = args.max_bad_steps if step < total else 0
+            found = [guard.look(names[:5], limit, args.out)]
+            if disc is not None:
+                found.append(disc_guard.look(names[5:6], limit, args.out))
+            count, bad = map(max, zip(*found))
+            running[-2] += count
+            due = due and not bad
         if step > start and (step % args.log_every == 0 or step == total):
-            values = common.gather_mean(running.clone()).tolist()
-            log.log(step, {k: v / max(values[-1], 1) for k, v in zip(names, values) if k in active}, args.batch_size)
+            *values, skipped, count = common.gather_mean(running.clone()).tolist()
+            losses = {k: v / count for k, v in zip(names, values) if k in active and count}
+            log.log(step, dict(losses, bad_steps=round(skipped)) if skipped else losses, args.batch_size)
             running.zero_()
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             draw_pictures(ema.vae, val_data or data, step, args, device, precision)
-        if due:
-            save(step, final=step == total)
+        stats_images = take_statistics(step, final=step == total) if due else None
         if bench and (step == total or step % args.probe_every == 0 and step > start) and common.rank() == 0:
             log.note(step, probe.quick_probe(ema.vae, bench, precision=precision))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
             log.note(step, {f"r{k}": v for k, v in measure(reconstructed(), held_out.count).items() if k == "fid"})
-        if step == total:
+        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
+            common.gather_mean(running)
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
+                        stats_images=stats_images, **common.provenance())
+            weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
+            saver.save(step, weights, dict(
+                step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
+                optimizer=optimizer.state_dict(), bad=guard.bad, disc=disc and disc.state_dict(),
+                disc_optimizer=disc_optimizer and disc_optimizer.state_dict(), disc_bad=disc_guard and disc_guard.bad))
+        if step == total or stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
+        watch.begin_step()
         batch = next(stream)
         gan = args.gan if step >= args.gan_start else 0.0
         active = [k for k, on in zip(names, (args.align, not args.freeze, args.lpips, args.kl, gan, gan, True)) if on]
-        losses = torch.zeros(len(names) + 1, device=device)
+        losses = torch.zeros(len(names) + 2, device=device)
         fakes = []
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
@@ -406,7 +423,7 @@ def main():
             losses[:5] += torch.stack([term.detach() for term in terms]) / args.accum
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step, total)
-        losses[6] = common.guarded_step(optimizer, params, args.clip, step, bad_step)
+        losses[6] = guard.step(losses[:5], step)
         if gan:
             for i, y in enumerate(fakes):
                 x = common.from_uint8(batch["image"][i * micro_batch:(i + 1) * micro_batch])
@@ -415,14 +432,17 @@ def main():
                     (loss / args.accum).backward()
                 losses[5] += loss.detach() / args.accum
             disc_optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
-            common.guarded_step(disc_optimizer, list(disc.parameters()), args.clip, step, bad_step)
+            disc_guard.step(losses[5:6], step)
         if args.ema:
             common.ema_update(ema, net, args.ema)
         losses[-1] = 1
-        running += losses
+        running += torch.where(torch.isfinite(losses).all(), losses, 0)
         log.bar.update()
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
+    saver.close()
+    if stop and step < total:
+        return say(f"stopped   by a signal; {args.out} is saved at step {step}, the same command goes on")
     say(f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
 
 

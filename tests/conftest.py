@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on sys.path, a tiny folder of pictures, weights of a tiny vision model, and two
 ways to run a script: in this process (fast) and under torchrun (what several GPUs do)."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -55,12 +56,14 @@ def inside(tmp_path, monkeypatch):
 
 def script(module, *words):
     """Runs a script's main() here, as `python <module>.py words` would, errors included."""
-    before = sys.argv
+    before, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
         common.run(module.main)
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def refused(capsys, module, *words):

@@ -213,18 +213,30 @@ def test_ema_is_its_closed_form():
     assert torch.allclose(a.weight.double(), want, atol=1e-6)
 
 
-def test_a_bad_step_does_not_enter_the_weights():
-    net = torch.nn.Linear(3, 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
-    bad = torch.tensor(-1)
-    for step, factor in enumerate([1.0, float("nan"), float("inf"), 1.0]):
-        before = net.weight.detach().clone()
-        (net(torch.ones(2, 3)) * factor).sum().backward()
-        common.guarded_step(optimizer, list(net.parameters()), 1.0, step, bad)
-        assert torch.equal(before, net.weight) == (step in (1, 2)) and torch.isfinite(net.weight).all()
-    assert bad.item() == 1
-    with pytest.raises(models.UserError, match="step 1 was not finite .flow."):
-        common.stop_if_bad(bad, ["flow", "norm"], torch.tensor([float("nan"), 1.0]), "nowhere")
+def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
+    """Steps 1 and 2 have a gradient that is not finite, step 4 a loss (with finite gradients); the rest is as if they had
+    not been."""
+    def run(factors, skip=()):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Conv2d(2, 1, 1))
+        guard = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0)
+        for step, factor in enumerate(factors):
+            if step not in skip:
+                x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step))
+                loss = net(x * factor if factor != "loss" else x).square().mean()
+                loss.backward()
+                guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]), step)
+        return guard, net.state_dict()
+
+    guard, state = run([1.0, float("nan"), float("inf"), 1.0, "loss", 1.0])
+    _, want = run([1.0] * 6, skip=(1, 2, 4))
+    for name in ("0.running_mean", "0.running_var", "0.weight", "1.weight", "1.bias"):
+        assert torch.equal(state[name], want[name]), name
+    assert guard.look(["flow", "repa"], 2, "nowhere") == (3, False)
+    assert guard.look(["flow", "repa"], 2, "nowhere") == (0, False)      # counted once
+    guard, _ = run([1.0, float("nan"), float("nan")])
+    with pytest.raises(models.UserError, match="2 steps in a row, the last one 2, were not finite .flow, gradient norm.*none yet"):
+        guard.look(["flow", "repa"], 1, "nowhere")
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
 """The scripts themselves: two processes = one, resumed = uninterrupted, any batch size = the same pictures, and each
 mistake a user can make = one sentence and exit code 2."""
+import contextlib
 import glob
 import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +21,7 @@ import models
 import sample
 import train_sit
 import train_vae
-from conftest import SIT, VAE, refused, script, torchrun
+from conftest import ROOT, SIT, VAE, refused, script, torchrun
 
 
 def losses(folder, keys):
@@ -125,7 +130,7 @@ def test_pictures_do_not_depend_on_batch_size_or_interruption(trained, monkeypat
             raise KeyboardInterrupt
         return draw(*arguments)
     monkeypatch.setattr(sample, "draw", dies_in_the_third_batch)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         script(sample, *words, "--batch-size", 3, "--out", "again.npz")
     script(sample, *words, "--batch-size", 3, "--out", "again.npz")
     assert calls == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8], [9]]
@@ -324,7 +329,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(inside, pictures, capsys):
         message = refused(capsys, train_vae, *words, 3, "--save-every", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot save in runs/vae" in message and list(good)[0] in message
+    assert "cannot save step 3 in runs/vae" in message and list(good)[0] in message
     assert all(open(p, "rb").read() == content for p, content in good.items())
     assert not glob.glob("runs/vae/**/*.tmp", recursive=True)
     script(train_vae, *words, 3)
@@ -339,5 +344,142 @@ def test_nan_stops_the_run_and_is_never_saved(inside, pictures, capsys):
     state["net"]["vae.encoder.conv_in.bias"][0] = float("nan")
     common.save_checkpoint("runs/vae", 1, state)
     message = refused(capsys, train_vae, *words, "--steps", 3)
-    assert "step 1 was not finite" in message and "recon" in message and "000000001.pt" in message
+    assert "2 steps in a row, the last one 2, were not finite" in message and "recon" in message and "000000001.pt" in message
     assert open("runs/vae/vae.safetensors", "rb").read() == saved
+
+
+# ---- survival --------------------------------------------------------------------------------------------------------
+
+def wait_for(what, seconds=120):
+    """Waits until what() is true."""
+    end = time.time() + seconds
+    while not what():
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def start(processes, name, *words, cwd, timeout=1800):
+    """The script as a process group of its own -> Popen; its output goes to <cwd>/output.txt."""
+    first = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    with open(os.path.join(cwd, "output.txt"), "w") as out:
+        return subprocess.Popen([*first, os.path.join(ROOT, f"{name}.py"), *map(str, words), "--timeout", str(timeout)], cwd=cwd,
+                                stdout=out, stderr=out, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def processes_in(folder):
+    """{number: environment} of the processes whose current folder is `folder` (torchrun's have process groups of their own)."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/cwd") == str(folder):
+                with open(f"/proc/{pid}/environ") as file:
+                    found[int(pid)] = dict(x.split("=", 1) for x in file.read().split("\0") if "=" in x)
+    return found
+
+
+def kill_all_in(folder):
+    for pid in processes_in(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def same_state(a, b):
+    """Two nested states are equal bit for bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("processes,number", [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_scheduler_s_signal_saves_and_the_next_start_goes_on(pictures, tmp_path, processes, number):
+    words = [*VAE, "--data", pictures, "--align", 0, "--steps", 40, "--save-every", 1000, "--sample-every", 1000, "--workers", 1]
+    run = start(processes, "train_vae", *words, cwd=tmp_path)
+    log = tmp_path / "runs/vae/metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
+    os.killpg(run.pid, number) if processes == 1 else run.send_signal(number)      # loaders get it too; torchrun passes it on
+    code = run.wait(60)
+    text = (tmp_path / "output.txt").read_text()
+    saved = [int(os.path.basename(p)[:-3]) for p in common.list_checkpoints(str(tmp_path / "runs/vae"))]
+    assert len(saved) == 1 and 3 <= saved[0] < 40 and "stopped   by a signal" in text, text
+    assert code == 0 or processes > 1                       # torchrun's own code is 1 after a signal
+    torchrun(processes, "train_vae", *words, cwd=tmp_path)
+    torchrun(processes, "train_vae", *words, "--out", "whole", cwd=tmp_path)
+    a, b = (common.load_checkpoint(str(tmp_path / f), "cpu") for f in ("runs/vae", "whole"))
+    assert a["step"] == 40 and all(same_state(a[k], b[k]) for k in a if k != "arguments")
+    keys = ["recon", "kl", "gan", "grad_norm"]
+    assert np.array_equal(losses(tmp_path / "runs/vae", keys), losses(tmp_path / "whole", keys))
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(pictures, vfm_weights, tmp_path):
+    words = [*VAE, "--data", pictures, "--vfm-weights", vfm_weights, "--gan", 0, "--lr", "1e-4"]
+    sit = [*SIT, "--data", pictures, "--vfm-weights", vfm_weights, "--lr", "1e-4", "--vae", "whole"]
+    torchrun(1, "train_vae", *words, "--steps", 40, "--out", "whole", cwd=tmp_path)
+    torchrun(1, "train_sit", *sit, "--steps", 40, "--out", "sit_whole", cwd=tmp_path)
+    for processes, steps in ((1, 20), (2, 40)):
+        torchrun(processes, "train_vae", *words, "--steps", steps, "--out", "parts", cwd=tmp_path)
+        torchrun(processes, "train_sit", *sit, "--steps", steps, "--out", "sit_parts", cwd=tmp_path)
+    for name, keys in (("", ["align", "recon", "kl", "grad_norm"]), ("sit_", ["flow", "repa", "grad_norm"])):
+        whole, parts = (losses(tmp_path / f"{name}{part}", keys) for part in ("whole", "parts"))
+        assert whole.shape == (40, len(keys))
+        np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_a_batch_the_processes_do_not_divide_is_refused(pictures, tmp_path):
+    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", 0, "--batch-size", 7, cwd=tmp_path)
+    assert run.wait(120) != 0
+    text = (tmp_path / "output.txt").read_text()
+    assert "error: --batch-size 7 is not divisible by 2 processes x --accum 1" in text
+
+
+def test_a_process_that_hangs_ends_the_run_and_is_named(pictures, tmp_path):
+    """One of two processes is stopped in the middle of the run, as by a driver that hangs."""
+    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", 0, "--steps", 10000, cwd=tmp_path, timeout=5)
+    log = tmp_path / "runs/vae/metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
+    [hung] = [pid for pid, environment in processes_in(tmp_path).items() if environment.get("LOCAL_RANK") == "1"]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        assert run.wait(120) != 0
+    finally:
+        kill_all_in(tmp_path)
+    text = (tmp_path / "output.txt").read_text()
+    assert "error: process 0 lost process 1, which died or hangs" in text, text
+    assert "Traceback" not in text.split("failed (exitcode")[0]        # torchrun then prints one of its own
+
+
+def test_two_runs_in_one_folder_are_refused(pictures, tmp_path):
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 100000, "--workers", 1]
+    first = start(1, "train_vae", *words, cwd=tmp_path)
+    try:
+        log = tmp_path / "runs/vae/metrics.jsonl"
+        wait_for(lambda: log.exists() and log.read_text())
+        second = subprocess.run([sys.executable, os.path.join(ROOT, "train_vae.py"), *map(str, words)], cwd=tmp_path, text=True,
+                                capture_output=True)
+        assert second.returncode == 2 and "another process is writing into runs/vae" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()                                        # its loader lives on for some seconds, but not the lock
+    first.wait()
+    run = start(1, "train_vae", *words, "--steps", 1, "--overwrite", cwd=tmp_path)
+    assert run.wait(60) == 0
+    kill_all_in(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(inside, pictures, capsys):
+    """One flipped bit anywhere in the tensors is enough to be found."""
+    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1, "--steps"]
+    script(train_vae, *words, 3, "--keep-every", 1)
+    whole = common.load_checkpoint("runs/vae", "cpu")
+    paths = common.list_checkpoints("runs/vae")
+    assert len(paths) == 3                                  # --keep-every 1 keeps all
+    content = bytearray(open(paths[-1], "rb").read())
+    content[len(content) // 2] ^= 4
+    open(paths[-1], "wb").write(content)
+    script(train_vae, *words, 3)
+    out = capsys.readouterr().out
+    assert f"{paths[-1]} is damaged" in out and "at step 2" in out
+    assert all(same_state(whole[k], v) for k, v in common.load_checkpoint("runs/vae", "cpu").items() if k != "arguments")
