@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import faulthandler
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
@@ -30,7 +30,7 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import UserError
+from models import UserError, content_hash, first_line, intact, state_hash
 
 
 def run(main):
@@ -72,7 +72,7 @@ def world():
 def say(*words):
     """print, on the first process only."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))
+        tqdm.write(" ".join(map(str, words)).encode(errors="backslashreplace").decode())       # of names that are not UTF-8
         sys.stdout.flush()
 
 
@@ -342,19 +342,40 @@ def adm_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size]
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")        # whatever the name says; others may run programs
+_replaced, _told = [], set()                                # what --skip-bad passed by in this process; what the user was told
+
+
+def shown(path):
+    """A path for a message: on one line, whatever its name holds."""
+    path = os.fsdecode(path)
+    return path if path.isprintable() else ascii(path)
+
+
+def open_picture(path):
+    """-> PIL image, its pixels not read yet. Decompression bombs, and strips that resizing would make one, are refused."""
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > 100 * min(image.size):
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels: more than {Image.MAX_IMAGE_PIXELS}, or a side 100 times the other")
+    return image
+
+
 def load_image(path, size):
     """File -> uint8 (size,size,3). EXIF rotation is ignored, as ADM does; of an animation the first frame is taken."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return adm_crop(to_rgb(image), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}") from None
+    except Exception as error:                              # Pillow's decoders raise a dozen types
+        raise UserError(f"cannot read the picture {shown(path)}: {first_line(error)}") from None
 
 
-def check_picture(path):
-    """Cheap test of one file: its header is read and its end must be there. -> width, height, or what is wrong."""
+def check_picture(path, decode=False):
+    """Cheap test of one file: its header is read and its end must be there; or all of it. -> width, height, or what is wrong."""
     try:
-        with Image.open(path) as image:
+        if not os.path.isfile(path):
+            return "it is a broken link" if os.path.islink(path) else "it is no file"
+        with open_picture(path) as image:
             if image.mode == "F":
                 return "floating-point pixels have no known range"
             size, kind = image.size, image.format
@@ -362,11 +383,14 @@ def check_picture(path):
         with open(path, "rb") as file:
             file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
             tail = file.read()
-        if kind == "JPEG" and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
+        if kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
             return "it is truncated"
+        if decode:
+            with open_picture(path) as image:
+                image.load()
         return size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
+    except Exception as error:
+        return first_line(error)
 
 
 class ImageSet:
@@ -374,14 +398,16 @@ class ImageSet:
 
     names: bytes (N,) relative to root, sorted; labels int64 (N,); classes: list of folder names, sorted; fingerprint:
     hash of the names and sizes of the files. Listing and checking happen once: the result is kept under runs/cache and
-    used again while no folder's modification time changes."""
+    used again while no folder's modification time changes. `check_data`: the check decodes every picture in full.
+    `skip_bad`: another one stands in for a picture that cannot be read, else it is an error."""
 
-    def __init__(self, root):
-        self.root = os.path.abspath(root)
+    def __init__(self, root, check_data=False, skip_bad=False):
+        self.root, self.check_data, self.skip_bad = os.path.abspath(root), check_data, skip_bad
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name one with --data, laid out as <class>/<picture> "
                             "(`python demo.py` makes a small one under runs/demo)")
-        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
+        self.root_bytes = os.fsencode(self.root)
+        name = hashlib.sha256(self.root_bytes).hexdigest()[:16]
         self.cache = os.path.join("runs", "cache", f"files-{name}.npz")
         if rank() == 0 and not self.read_cache():
             self.scan()
@@ -389,31 +415,42 @@ class ImageSet:
         barrier()
         if rank() != 0 and not self.read_cache():
             self.scan()                                     # the cache could not be written
-        self.root_bytes = os.fsencode(self.root)
+        if self.bad:
+            say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read and others of their class take their places, the "
+                f"first for {shown(self.path(min(self.bad)))}")
 
     def read_cache(self):
+        if not intact(self.cache):
+            return False
         try:
             with np.load(self.cache, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
                     return False
-                self.names, self.labels = file["names"], file["labels"]
+                self.names, self.labels, self.bad = file["names"], file["labels"], set(file["bad"].tolist())
+            self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
+            if not (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
+                    and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes)))):
+                return False
+            return header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
         except Exception:                                   # absent, damaged, or of another version: made again
             return False
-        self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
-        return True
 
     def write_cache(self):
-        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest)
+        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
+                      decoded=self.check_data)
         try:
             with writing(self.cache) as file:
-                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels)
+                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
+                         bad=np.array(sorted(self.bad), np.int64))
         except OSError as error:
             say(f"note: the file list could not be kept in {self.cache} ({error})")
 
     def scan(self):
         self.folders, files = {}, []                        # every folder below root -> its modification time
         for folder, inside, names in os.walk(self.root, followlinks=True, onerror=self.unreadable):
+            if os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{os.path.realpath(folder)}/"):
+                raise UserError(f"{shown(folder)} is a link to a folder that it is in itself; remove it")
             inside.sort()
             relative = os.path.relpath(folder, self.root)
             self.folders[relative] = os.stat(folder).st_mtime_ns
@@ -429,38 +466,67 @@ class ImageSet:
         empty = sorted(set(subfolders) - set(of))
         if empty:
             raise UserError(f"{len(empty)} class folder{'s' if empty[1:] else ''} without pictures, the first is "
-                            f"{os.path.join(self.root, empty[0])}; fill or remove it")
+                            f"{shown(os.path.join(self.root, empty[0]))}; fill or remove it")
         self.classes = sorted(set(of))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in of], dtype=np.int64)
         self.names = np.array([os.fsencode(f) for f in files])
         paths = [os.path.join(self.root, f) for f in files]
+        check = functools.partial(check_picture, decode=self.check_data)
         with contextlib.ExitStack() as stack:
-            check = map(check_picture, paths)
-            if len(paths) > 5000:
-                pool = stack.enter_context(ProcessPoolExecutor(min(16, os.cpu_count())))
-                check = pool.map(check_picture, paths, chunksize=500)
-            found = list(tqdm(check, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
-        bad = [(p, why) for p, why in zip(paths, found) if isinstance(why, str)]
-        if bad:
-            raise UserError(f"{len(bad)} picture{'s' if bad[1:] else ''} cannot be read, the first is {bad[0][0]}: "
-                            f"{bad[0][1]}; mend or remove it")
-        self.smallest = min(min(size) for size in found)
-        lines = [f"{f} {os.path.getsize(p)}" for f, p in zip(files, paths)]
+            found = map(check, paths)
+            if len(paths) > (200 if self.check_data else 5000):
+                pool = stack.enter_context(ProcessPoolExecutor(min(16, cores())))
+                found = pool.map(check, paths, chunksize=50 if self.check_data else 500)
+            found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
+        self.bad = {i for i, why in enumerate(found) if isinstance(why, str)}
+        lost = sorted(set(of) - {name for i, name in enumerate(of) if i not in self.bad})
+        if self.bad and (lost or not self.skip_bad):
+            first = min(self.bad)
+            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {shown(paths[first])}: "
+                            f"{found[first]}; mend or remove it" + (f", {shown(lost[0])} has no other" if lost else
+                                                                    " (training takes another instead with --skip-bad)"))
+        self.smallest = min(min(size) for size in found if not isinstance(size, str))
+        lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def unreadable(self, error):
-        raise UserError(f"cannot list {error.filename}: {error.strerror}")
+        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
 
     def __len__(self):
         return len(self.names)
 
+    def path(self, i):
+        return os.path.join(self.root_bytes, self.names[i])
+
+    def candidates(self, i):
+        """i and, with skip_bad, the others of its class in turn: a function of i alone, the same on every process."""
+        yield i
+        if self.skip_bad:
+            same = np.flatnonzero(self.labels == self.labels[i])
+            yield from np.roll(same, -np.searchsorted(same, i))[1:]
+
     def load(self, i, size):
-        return load_image(os.path.join(self.root_bytes, self.names[i]), size)
+        """-> uint8 (size,size,3)."""
+        for j in self.candidates(i):
+            try:
+                if j not in self.bad:
+                    return load_image(self.path(j), size)
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                _replaced.append(str(error))
+        raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
 
     def stack(self, index, size):
         """Indices -> uint8 (b,3,size,size)."""
         return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
+
+
+def take_replaced():
+    """What was passed by since the last call, for `batches` to tell: loaders are other processes."""
+    taken, _replaced[:] = _replaced[:], []
+    return taken
 
 
 class Batches(torch.utils.data.Dataset):
@@ -498,7 +564,7 @@ class Batches(torch.utils.data.Dataset):
                 batch.update(self.extra(index, flip.numpy()))
         except UserError as error:
             return error
-        return batch
+        return dict(batch, replaced=take_replaced())
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -510,7 +576,8 @@ class Blocks(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         try:
-            return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
+            image = self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size)
+            return dict(image=image, replaced=take_replaced())
         except UserError as error:
             return error
 
@@ -541,6 +608,9 @@ def batches(dataset, items, workers, device):
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
+        for message in set(batch.pop("replaced", ())) - _told:
+            _told.add(message)
+            tqdm.write(f"warning: {message}; another one of its class takes its place ({len(_told)} so far)", file=sys.stderr)
         yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
@@ -581,6 +651,19 @@ def writing(path, check=None):
         raise
 
 
+def open_array(path, dtype, shape):
+    """A memory map of an .npy file, to read and write. Its header and size must be what it was made with: np.load believes
+    any header, and fills up with zeros what a cut file lacks."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
+    except Exception:                                       # NumPy's header parser raises a dozen types
+        found = None
+    if found != (dtype, shape, os.path.getsize(path), True):
+        raise UserError(f"{path} is damaged; remove its folder and give the same command again")
+    return np.load(path, mmap_mode="r+")
+
+
 def resumable_array(folder, name, dtype, shape, block):
     """folder/<name>, a memory-mapped array that all processes fill together, `block` rows at a time -> array, marks of the
     blocks that are filled, numbers of those that are not. A killed run goes on with these. Call mark_done after each."""
@@ -591,8 +674,8 @@ def resumable_array(folder, name, dtype, shape, block):
         with writing(marks) as file:                        # last: its presence says that the array is there
             np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
     barrier()
-    array, done = (np.load(p, mmap_mode="r+") for p in (path, marks))
-    todo = np.flatnonzero(done == 0)
+    array, done = open_array(path, dtype, shape), open_array(marks, np.uint8, (-(-shape[0] // block),))
+    todo = np.flatnonzero(done != 1)
     barrier()                                               # nobody marks a block before all have read the list
     return array, done, todo
 
@@ -608,6 +691,7 @@ def save_weights(path, kind, state, config, info):
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     metadata = dict(format="pt", kind=kind, config=json.dumps(config), info=json.dumps(info))
+    metadata["hash"] = content_hash(state_hash(state), metadata)
     with writing(path) as file:
         file.write(save(state, metadata))
 
@@ -640,15 +724,6 @@ def lock(folder, wait=False):
 def unlock(folder):
     if rank() == 0:
         _locks.pop(folder).close()
-
-
-def intact(path):
-    """Whether a file that torch.save wrote is whole: every record in it has a CRC-32, which torch.load does not check."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
-        return False
 
 
 def to_host(value):

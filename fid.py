@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 
 import numpy as np
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from common import say
-from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_weights, state_hash
+from models import LPIPS, UserError, first_line, intact, load_strictly, load_vae, read_weights, reading, state_hash
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # the end of its name is the start of its sha256
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
@@ -229,14 +230,21 @@ class ArraySet:
     def __init__(self, path):
         self.shape, small = (0, 0, 0, 3), ("mu", "sigma", "mu_s", "sigma_s", "labels", "settings")
         try:
+            if not intact(path):
+                raise ValueError("a checksum differs, or it is no zip file")
             file = self.file = np.load(path, allow_pickle=False)            # stays open for the pictures
+            if any(file.zip.getinfo(f"{name}.npy").file_size > 2 ** 28 for name in file.files if name in small):
+                raise ValueError("statistics or labels of more than 256 MiB")
             self.small = {name: file[name] for name in file.files if name in small}
+            self.statistics = {k: torch.from_numpy(v.astype(np.float64)) for k, v in self.small.items() if k[:2] in ("mu", "si")}
             self.settings = json.loads(str(self.small.get("settings", "null")))         # of sample.py
             if "arr_0" in file:
                 self.rows = file.zip.open("arr_0.npy")
                 np.lib.format.read_magic(self.rows)
                 self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.rows)
                 self.start = self.rows.tell()
+                if self.start + math.prod(self.shape) * dtype.itemsize != file.zip.getinfo("arr_0.npy").file_size:
+                    raise ValueError(f"arr_0 claims the shape {self.shape}")
         except Exception as error:                          # zipfile, zlib and NumPy raise a dozen types
             raise UserError(f"{path} cannot be read as .npz ({first_line(error)}); {FORM}") from None
         if "arr_0" in file and (dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran):
@@ -264,7 +272,7 @@ class Pictures(torch.utils.data.Dataset):
         self.chosen = np.arange(self.count) * (available if self.folder else self.count) // self.count
         self.record = dict(path=path, pictures=self.count, size=self.size, hash=self.set.fingerprint,
                            settings=getattr(self.set, "settings", None))
-        if np.size(self.set.labels) == available:
+        if np.shape(self.set.labels) == (available,) and self.set.labels.dtype.kind in "iu":
             counts = np.unique(self.set.labels[self.chosen], return_counts=True)[1].tolist()
             self.record["labels"] = dict(classes=len(counts), fewest=min(counts), most=max(counts))
 
@@ -311,6 +319,16 @@ def collect(net, batches, count, keep=0):
     return sums
 
 
+def read_statistics(cache, device):
+    """What `collect` gave and was kept, or nothing where there is none or it is damaged."""
+    try:
+        return {k: v.to(device, copy=True) for k, v in read_weights(cache)[0].items()}
+    except UserError as error:
+        if os.path.exists(cache):
+            say(f"warning: {error}; it is computed again")
+        return {}
+
+
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
     """What `collect` gives for a reference, or as much as an .npz holds of it -> dict, record. What was computed is
     kept under runs/cache for the next time."""
@@ -318,8 +336,9 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     if not os.path.isdir(path):
         file = ArraySet(path)
         if isinstance(net, Inception) and {"mu", "sigma"} <= set(file.small):
-            held = {k: torch.from_numpy(v) for k, v in file.small.items() if k.startswith(("mu", "sigma"))}
-        wrong = [k for k, v in held.items() if set(v.shape) != {2023 if "_s" in k else 2048} or not v.isfinite().all()]
+            held = file.statistics
+        wrong = [k for k, v in held.items()
+                 if v.shape != (2023 if k.endswith("_s") else 2048,) * (2 if k[0] == "s" else 1) or not v.isfinite().all()]
         if wrong:
             raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
         if held and not (keep and file.names):
@@ -329,10 +348,9 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     times = [os.stat(file).st_mtime_ns for file in files]               # the hash would miss a file written over
     known = json.dumps([pictures.record, times, keep, net.about])
     cache = os.path.join("runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt")
-    say(f"reference {path}: {pictures.count} pictures, {pictures.size} px" + f", from {cache}" * os.path.isfile(cache))
-    if os.path.isfile(cache):
-        result = torch.load(cache, map_location=device, weights_only=True)
-    else:
+    result = read_statistics(cache, device)
+    say(f"reference {path}: {pictures.count} pictures, {pictures.size} px" + f", from {cache}" * bool(result))
+    if not result:
         result = collect(net, pictures.batches(device, workers), pictures.count, keep)
         if common.rank() == 0:
             with contextlib.suppress(OSError), common.writing(cache) as file:

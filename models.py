@@ -9,12 +9,15 @@ Letters in shape comments: B pictures, C latent channels, h and w latent height 
 H heads, d width of a head.
 """
 import argparse
+import contextlib
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -524,12 +527,12 @@ class LPIPS(nn.Module):
         from torchvision.models import VGG16_Weights, vgg16
         state = {}
         for path in weights:
-            for key, value in read_weights(path)[0].items():
+            for key, value in tensors(read_weights(path)[0]).items():
                 key = re.sub(r"^net\.slice\d\.", "features.", key)
                 state[re.sub(r"^lins?\.?(\d)\.(?:model\.)?1\.weight$", r"lin\1", key)] = value
         try:
             if "features.0.weight" not in state:
-                state.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+                state.update(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True))
             if "lin0" not in state:
                 lin = torch.hub.load_state_dict_from_url(LPIPS_URL, file_name="lpips-vgg-a78928a0.pth", check_hash=True,
                                                          map_location="cpu", weights_only=True)   # 8 digits of sha256
@@ -542,14 +545,17 @@ class LPIPS(nn.Module):
         missing = [k for k in [f"features.{k}" for k in names] + [f"lin{i}" for i in range(5)] if k not in state]
         if missing:
             raise UserError(f"LPIPS's weight files lack {len(missing)} tensors, the first is {missing[0]}")
-        features.load_state_dict({k: state[f"features.{k}"] for k in names})
+        for i, width in enumerate(features[j].out_channels for j in (2, 7, 14, 21, 28)):
+            if state[f"lin{i}"].shape != (1, width, 1, 1):
+                raise UserError(f"LPIPS's linear layer {i} is {tuple(state[f'lin{i}'].shape)} instead of (1, {width}, 1, 1)")
+        load_strictly(features, {k: state[f"features.{k}"] for k in names}, "LPIPS's VGG16")
         for module in features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False                      # the slices' outputs are kept
         cuts = [0, 4, 9, 16, 23, 30]                        # the slices end after relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(features[a:b] for a, b in zip(cuts, cuts[1:]))
         for i in range(5):
-            self.register_buffer(f"lin{i}", state[f"lin{i}"].float().view(1, -1, 1, 1))
+            self.register_buffer(f"lin{i}", state[f"lin{i}"].float().clone())
         # ImageNet's mean and std, moved to inputs in [-1,1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -601,22 +607,57 @@ def state_hash(state):
     return digest.hexdigest()[:16]
 
 
+def content_hash(weights, metadata):
+    """Of all that a file of ours holds: the state_hash of its weights and its metadata, but for "hash" itself."""
+    text = json.dumps({k: v for k, v in metadata.items() if k != "hash"}, sort_keys=True)
+    return hashlib.sha256((weights + text).encode()).hexdigest()[:16]
+
+
+def intact(path):
+    """Whether a zip file (.pt, .npz) is whole: each member has a CRC-32. torch.load checks none of them, and np.load not
+    those of arrays whose header was shortened."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:                                       # zipfile and zlib raise a dozen types
+        return False
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Around code that interprets a file of anyone's: whatever in it makes that fail is said in one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as {what} ({type(error).__name__}: {first_line(error)})") from error
+
+
 def read_weights(path):
     """A .safetensors file or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of strings).
-    No pickled code is ever executed."""
+    No pickled code is ever executed. Tensors of a checkpoint are views of the file, so that none reaches beyond it."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             head = file.read(9)
+        zipped = head[:4] == b"PK\3\4"                      # else it is older than torch 1.6, without checksums
+        if zipped and not intact(path):
+            raise ValueError("it is damaged: a checksum differs")
         if head[8:] == b"{":                                # safetensors: 8 bytes of length, then JSON
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+        source = path
+        if not zipped:
+            with open(path, "rb") as file:
+                source = io.BytesIO(file.read())            # which has no more than the file, whatever it is asked for
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return (state["state_dict"] if isinstance(state.get("state_dict"), dict) else state), {}
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+        state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+        return {k: v for k, v in state.items() if isinstance(k, str)}, {}
     except Exception as error:
         raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({first_line(error)})") from None
 
@@ -648,7 +689,17 @@ def tensors(state, *wrappers):
     return {re.sub(rf"^(({'|'.join(wrappers)})\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
 
 
-def load_strictly(model, state, path):
+def build(network, config, state, path):
+    """network(**config) with the weights of a state dict, which are compared with its plan before memory is taken."""
+    if max(config.get("depth") or 0, config.get("num_res_blocks") or 0, len(config.get("ch_mult") or ())) > len(state):
+        raise UserError(f"{path} does not fit: {len(state)} tensors are too few for its architecture")
+    with torch.device("meta"):
+        fit(network(**config), state, path)
+    return load_strictly(network(**config), state, path)
+
+
+def fit(model, state, path):
+    """Raises unless names and shapes are the model's."""
     own = model.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in state]
     wrong += [f"{k} is unexpected" for k in state if k not in own]
@@ -656,23 +707,37 @@ def load_strictly(model, state, path):
               if k in state and state[k].shape != own[k].shape]
     if wrong:
         raise UserError(f"{path} does not fit: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}")
+
+
+def load_strictly(model, state, path):
+    fit(model, state, path)
     model.load_state_dict(state)
     return model
 
 
+OURS = {"kind", "config", "info", "hash"}                   # metadata of our files; others have "format" at most
+
+
 def load(network, path, read_published, device):
     """The network that a file describes, in eval mode; `.info` tells where it came from. A file of ours says what it
-    is in its metadata; any other goes through read_published(state dict, path) -> (state dict, config, info)."""
+    is in its metadata, and its content must be what was written (files of older versions have no "hash" of it); any
+    other goes through read_published(state dict, path) -> (state dict, config, info)."""
     kind = network.__name__.lower()
-    state, metadata = read_weights(path)
-    if metadata.get("kind", kind) != kind:
-        raise UserError(f"{path} is a {metadata['kind']} checkpoint, but a {kind} is needed")
-    if "kind" in metadata:
-        config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
-    else:
-        state, config, info = read_published(state, path)
-    net = load_strictly(network(**config), state, path)
-    net.info = dict(info, path=path, hash=state_hash(state))
+    with reading(path, f"a {network.__name__}"):
+        state, metadata = read_weights(path)
+        ours = OURS & set(metadata)
+        if ours and metadata.get("kind") != kind:
+            raise UserError(f"{path} is a {metadata.get('kind', 'nameless')} checkpoint, but a {kind} is needed")
+        if ours:
+            config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
+        else:
+            state, config, info = read_published(state, path)
+        info = dict(info, path=path, hash=state_hash(state))
+        wrong = metadata.get("hash") and metadata["hash"] != content_hash(info["hash"], metadata)
+        if ours and (wrong or set(metadata) - OURS - {"format"}):
+            raise UserError(f"{path} is damaged: its content is not what was written; make it again or restore a copy")
+        net = build(network, config, state, path)
+        net.info = info
     return net.to(device).eval()
 
 
@@ -687,7 +752,10 @@ def load_vae(path, device="cpu"):
         if not found:
             raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
         path = os.path.join(path, found[0])
-    return load(VAE, path, read_published_vae, device)
+    vae = load(VAE, path, read_published_vae, device)
+    if not (vae.latent_mean.isfinite().all() and vae.latent_std.isfinite().all() and (vae.latent_std > 0).all()):
+        raise UserError(f"{path}: the mean and std of its latents are no finite numbers, or a std is not positive")
+    return vae
 
 
 def load_sit(path, device="cpu", ema=True):
@@ -709,7 +777,8 @@ def load_discriminator(path):
     state = {k: v for k, v in state.items() if k.startswith("main.")}
     if not state:
         raise UserError(f"{path} holds no discriminator (no key such as loss.discriminator.main.0.weight)")
-    return load_strictly(PatchDiscriminator(), state, path)
+    with reading(path, "a discriminator"):
+        return load_strictly(PatchDiscriminator(), state, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

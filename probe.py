@@ -112,14 +112,15 @@ def read_table(path, meaning, columns=None):
     rows, count = {}, None
     for number, line in read_lines(path):
         words = [w.strip() for w in line.split(",")] if path.endswith(".csv") else line.split()
-        if not rows and line.isdecimal():
+        if not rows and line.isdecimal() and len(line) < 16:
             count = int(line)
         elif not rows and words[-1] not in meaning and number <= 2:
             if columns is None:                             # a csv names the picture's column too
                 columns = words[1:] if path.endswith(".csv") else words
         else:
             bad = [w for w in words[1:] if w not in meaning]
-            if bad or len(words) - 1 != len(columns or words[1:]) or words[0] in rows or not words[1:]:
+            columns = columns or [str(k) for k in range(len(words) - 1)]       # a list without names
+            if bad or len(words) - 1 != len(columns) or words[0] in rows or not words[1:]:
                 raise UserError(f"{path}, line {number}: " + (f"'{bad[0]}' is none of {', '.join(meaning)}" if bad else
                                 f"{words[0]} stands there twice" if words[0] in rows else
                                 f"{len(words) - 1} values instead of {len(columns or '1')}"))
@@ -198,14 +199,17 @@ def read_awa2(root, args):
     matrix = [line.split() for _, line in read_lines(first_of(root, "predicate-matrix-binary.txt"))]
     bad = [f"line {i} is not {len(attributes)} times 0 or 1" for i, row in enumerate(matrix, 1)
            if len(row) != len(attributes) or set(row) - {"0", "1"}]
-    if bad or len(matrix) != len(classes):
-        bad.append(f"{len(matrix)} lines for {len(classes)} classes")
+    if bad or not len(matrix) == len(classes) == len(set(classes)):
+        bad.append(f"{len(matrix)} lines for {len(classes)} classes, {len(set(classes))} of them different")
         raise UserError(f"{root}/predicate-matrix-binary.txt: {bad[0]}")
-    names = [f"{c}/{f}" for c in classes for f in sorted(os.listdir(first_of(root, f"JPEGImages/{c}")))
+    names = [f"{c}/{f}" for c in classes for f in sorted(os.listdir(first_of(root, f"JPEGImages/{c}/")))
              if f.lower().endswith(common.IMAGE_TYPES)]
     label = np.array([classes.index(name.split("/")[0]) for name in names])
     if args.zero_shot:
-        test = np.isin(label, [classes.index(c) for c in column("testclasses.txt")])
+        chosen = column("testclasses.txt")
+        if set(chosen) - set(classes):
+            raise UserError(f"{root}/testclasses.txt: '{sorted(set(chosen) - set(classes))[0]}' is not in classes.txt")
+        test = np.isin(label, [classes.index(c) for c in chosen])
     else:
         test = stratified(label, 0.2, args.seed)
     split = with_validation(label, test, args.seed)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import normal, say
-from models import UserError, load_sit, load_vae
+from models import UserError, load_sit, load_vae, reading
 
 
 def add_sampler_arguments(parser):
@@ -159,8 +159,8 @@ def draw_set(sit, vae, args, device, precision, settings):
         record = os.path.join(parts, "settings.json")
         keep = {k: v for k, v in settings.items() if k != "provenance"}
         if os.path.exists(record):
-            with open(record) as file:
-                old = json.load(file)
+            with reading(record, "the settings of an interrupted set; remove its folder"), open(record) as file:
+                old = dict(json.load(file))
             differ = [f"{k} was {old.get(k)} and is now {v}" for k, v in keep.items() if old.get(k) != v]
             if differ:
                 raise UserError(f"{parts} holds an interrupted set with other settings: {'; '.join(differ)}; use the same, "

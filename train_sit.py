@@ -30,13 +30,16 @@ from sample import draw, set_labels
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
         "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_steps",
-        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps", "timeout"}
+        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps", "timeout",
+        "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
     g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
     g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
@@ -177,7 +180,7 @@ def main():
     # Data and latents
     args.vae = args.vae or os.path.dirname(common.newest("vae.safetensors", "VAE", "python train_vae.py"))
     vae = load_vae(args.vae, device)
-    data = common.ImageSet(args.data)
+    data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
     folder = cache_latents(vae, data, args.flip, args, device, precision)
     cache = LatentCache(folder)

@@ -28,13 +28,15 @@ from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
         "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
         "resume", "probe_every", "probe_data", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps",
-        "timeout"}
+        "timeout", "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--val", help="folder of held-out pictures: PSNR and alignment loss at every save")
     g.add_argument("--val-images", type=int, default=2000, help="how many of them, the first of a fixed shuffle")
     g.add_argument("--resolution", type=int, default=256, help="side of the square picture, pixels")
@@ -219,7 +221,7 @@ def main():
     micro_batch = common.share_batch(args.batch_size, args.accum)
 
     # Data
-    data = common.ImageSet(args.data)
+    data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     val_data = common.ImageSet(args.val) if args.val else None
     total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
     steps_per_epoch = len(data) / args.batch_size
