@@ -29,7 +29,7 @@ from sample import draw, set_labels
 
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
-        "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_steps",
+        "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_n", "preview_steps",
         "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps", "timeout",
         "check_data", "skip_bad"}
 
@@ -76,6 +76,7 @@ def parse_arguments(argv=None):
     g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints; the last two are kept")
     g.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay for good; 0: none")
     g.add_argument("--max-bad-steps", type=int, default=10, help="stop after more steps in a row whose loss is not finite")
+    g.add_argument("--preview-n", type=int, default=8, help="pictures in each of a preview's 8 rows")
     g.add_argument("--preview-steps", type=int, default=50, help="of the ODE sampler of previews and --fid-every")
     g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
     g = p.add_argument_group("FID during training, of EMA samples without guidance")
@@ -268,10 +269,10 @@ def main():
             log.log(step, dict(losses, bad_steps=round(skipped)) if skipped else losses, args.batch_size)
             running.zero_()
         if (step == total or step % args.sample_every == 0 and step > start) and common.rank() == 0:
-            ids = torch.arange(64, device=device)           # 8 rows, the same noise and labels every time
-            labels = (ids // 8 * len(data.classes) // 8) if len(data.classes) > 8 else ids // 8 % len(data.classes)
+            ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
+            labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
-            common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(8))
+            common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(args.preview_n))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
