@@ -30,7 +30,8 @@ import common
 from common import say
 from models import LPIPS, UserError, first_line, intact, load_strictly, load_vae, read_weights, reading, state_hash
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # the end of its name is the start of its sha256
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_HASH = WEIGHTS[-12:-4]                              # the start of its sha256
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 FORM = ("a set is a folder of pictures, or an .npz with arr_0, uint8 of shape (N,H,W,3), as sample.py writes it; a "
         "reference may have Inception's mu and sigma instead")
@@ -80,6 +81,24 @@ class MaxPoolE(tv.InceptionE):
                 self.branch3x3dbl_3b(b), self.branch_pool(F.max_pool2d(x, 3, 1, 1))]
 
 
+def published_weights():
+    """-> path of the published file in torch.hub's folder, downloaded once, with the right hash."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+    try:
+        if common.rank() == 0 and not os.path.isfile(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_HASH)
+        common.barrier()
+        found = file_hash(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot download Inception's weights ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
+                        f"put it at {path}, or name it with --inception-weights") from None
+    if not found.startswith(WEIGHTS_HASH):
+        raise UserError(f"{path} is not the published file: its sha256 begins with {found[:8]}, not {WEIGHTS_HASH}; "
+                        "remove it to have it downloaded again, or name it with --inception-weights to use it as it is")
+    return path
+
+
 class Inception(tv.Inception3):
     """The 2015 TensorFlow Inception that defines FID, under the names of its published PyTorch conversion. Batch norms
     are folded into the convolutions and memory is channels_last, which is twice as fast on a CPU."""
@@ -88,18 +107,11 @@ class Inception(tv.Inception3):
     def __init__(self, weights=None):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         self.Mixed_7c = MaxPoolE(2048)
-        path = weights or os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-        try:
-            if not weights and common.rank() == 0:
-                torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
-            common.barrier()
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download Inception's weights ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere "
-                            f"and put it at {path}, or name it with --inception-weights") from None
+        path = weights or published_weights()
         counters = {k: v for k, v in self.state_dict().items() if k.endswith("num_batches_tracked")}
         load_strictly(self, counters | read_weights(path)[0], path)             # some files have no counters
         self.about = dict(name="Inception", weights=file_hash(path), resize="TensorFlow 1 bilinear to 299x299")
-        self.about["published"] = self.about["weights"].startswith(WEIGHTS[-12:-4])
+        self.about["published"] = self.about["weights"].startswith(WEIGHTS_HASH)
         if not self.about["published"]:
             say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
         self.eval().requires_grad_(False)
@@ -220,8 +232,11 @@ def ssim(a, b, data_range=255):
 # From sets of pictures to numbers
 
 def file_hash(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class ArraySet:
@@ -247,8 +262,13 @@ class ArraySet:
                     raise ValueError(f"arr_0 claims the shape {self.shape}")
         except Exception as error:                          # zipfile, zlib and NumPy raise a dozen types
             raise UserError(f"{path} cannot be read as .npz ({first_line(error)}); {FORM}") from None
-        if "arr_0" in file and (dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran):
-            raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}")
+        if "arr_0" in file:
+            images = len(self.shape) == 4 and self.shape[3] == 3 and 0 not in self.shape[1:3]
+            if dtype != np.uint8 or not images or fortran:
+                raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}")
+            if "labels" in file and self.small["labels"].shape != self.shape[:1]:
+                raise UserError(f"{path}: labels has shape {self.small['labels'].shape}, but arr_0 holds {self.shape[0]} "
+                                "pictures; give one label each, or leave labels out")
         self.names, self.smallest = range(self.shape[0]), min(self.shape[1:3])
         self.labels, self.fingerprint = self.small.get("labels"), file_hash(path)
 
@@ -272,7 +292,7 @@ class Pictures(torch.utils.data.Dataset):
         self.chosen = np.arange(self.count) * (available if self.folder else self.count) // self.count
         self.record = dict(path=path, pictures=self.count, size=self.size, hash=self.set.fingerprint,
                            settings=getattr(self.set, "settings", None))
-        if np.shape(self.set.labels) == (available,) and self.set.labels.dtype.kind in "iu":
+        if self.set.labels is not None:
             counts = np.unique(self.set.labels[self.chosen], return_counts=True)[1].tolist()
             self.record["labels"] = dict(classes=len(counts), fewest=min(counts), most=max(counts))
 
@@ -400,6 +420,10 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # common.setup allows it
     if bool(args.vae) != bool(args.data) or bool(args.vae) == bool(args.ref) or args.vae and args.samples:
         raise UserError("give samples and --ref (generation), or --vae and --data (reconstruction)")
+    for name, least in dict(num=2, size=1, batch_size=1, pr_images=0).items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     if args.vae:
         vae = load_vae(args.vae, device)
         vae.set_resolution(args.size or vae.resolution)
@@ -408,7 +432,7 @@ def main():
         base = os.path.join(os.path.dirname(vae.info["path"]), "reconstruction")
     else:
         path = args.samples or common.newest("samples.npz", "set of samples", "python sample.py --num-images 50000")
-        base = path.removesuffix(".npz").rstrip("/")
+        base = os.path.abspath(path).removesuffix(".npz")
     pictures = Pictures(path, args.num, args.size, args.batch_size)
     net = TimmFeatures(args.features, args.features_weights) if args.features else Inception(args.inception_weights)
     if pictures.count <= net.dims["pool"]:
@@ -427,10 +451,14 @@ def main():
         for k, v in values.items():
             say(f"{k + mark * (k not in ('psnr', 'ssim', 'lpips')):36} {v:12.4f}")
         out = args.out or f"{base}.{next(iter(values)).replace('/', '-')}.json"
-        common.write_json(out, dict(
-            values, samples=pictures.record, reference=about, network=net.about, vae=args.vae and vae.info,
-            arguments=vars(args), provenance=common.provenance(),
-            versions={k: importlib.metadata.version(k) for k in ("torch", "torchvision", "timm", "numpy", "pillow")}))
+        versions = {k: importlib.metadata.version(k) for k in ("torch", "torchvision", "timm", "numpy", "pillow")}
+        try:
+            common.write_json(out, dict(
+                values, samples=pictures.record, reference=about, network=net.about, vae=args.vae and vae.info,
+                arguments=vars(args), provenance=common.provenance(), versions=versions))
+        except OSError as error:
+            raise UserError(f"the numbers above cannot be kept in {out} ({first_line(error)}); name another file with "
+                            "--out") from None
         say(f"written   {out}")
 
 

@@ -2,6 +2,7 @@
 plain NumPy; then its command: what it writes, several processes, what it refuses. Inception's weights are random, saved
 in the published format.    python -m pytest tests/test_fid.py"""
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -106,7 +107,7 @@ def test_features_are_those_of_pytorch_fid_at_299(net, weights, monkeypatch):
     close(net(x)["pool"], pool, 1e-4)
 
 
-def test_weights_are_taken_strictly(weights, tmp_path, monkeypatch):
+def test_weights_are_taken_strictly(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     torch.save({k: v for k, v in state.items() if "num_batches_tracked" not in k}, tmp_path / "short.pth")
     fid.Inception(tmp_path / "short.pth")                    # counters are no weights
@@ -114,11 +115,34 @@ def test_weights_are_taken_strictly(weights, tmp_path, monkeypatch):
     with pytest.raises(models.UserError, match="fc.bias is missing"):
         fid.Inception(tmp_path / "lacks.pth")
 
-    def offline(*a, **k):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(models.UserError, match="no network.*https.*pt_inception-2015-12-05-6726825d.pth.*--inception-weights"):
+
+def test_only_the_published_file_is_taken_from_hubs_folder(weights, tmp_path, monkeypatch, capsys):
+    """It is downloaded once and must have the published hash, downloaded or found there; --inception-weights takes any
+    file, whose hash is recorded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    there = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    monkeypatch.setattr(fid, "WEIGHTS_URL", f"file://{tmp_path}/absent.pth")
+    with pytest.raises(models.UserError, match=f"No such file.*fetch file:.*absent.pth.*put it at {there}.*--inception-w"):
         fid.Inception()
+    monkeypatch.setattr(fid, "WEIGHTS_URL", f"file://{weights}")
+    with pytest.raises(models.UserError, match="invalid hash value"):
+        fid.Inception()
+    assert not there.exists()
+    digest = hashlib.sha256(open(weights, "rb").read()).hexdigest()
+    for content in (open(weights, "rb").read(), b"<html>"):
+        there.write_bytes(content)
+        found = hashlib.sha256(content).hexdigest()[:8]
+        with pytest.raises(models.UserError, match=f"{there} is not.*begins with {found}, not 6726825d; remove.*--inception"):
+            fid.Inception()
+    about = fid.Inception(weights).about
+    assert about["weights"] == digest and not about["published"] and "comparable" in capsys.readouterr().out
+    there.unlink()
+    monkeypatch.setattr(fid, "WEIGHTS_HASH", digest[:8])     # as if these were the published ones
+    for _ in range(2):                                       # downloaded, then found
+        about = fid.Inception().about
+        assert there.exists() and about["weights"] == digest and about["published"]
+        monkeypatch.setattr(fid, "WEIGHTS_URL", "file:///absent")
+    assert "warning" not in capsys.readouterr().out
 
 
 # ---- Frechet distance ------------------------------------------------------------------------------------------------
@@ -143,7 +167,8 @@ def gaussian(rng, n, d, scale=1.0):
 
 @pytest.mark.parametrize("n1,n2,scale", [(200, 100, 1.0), (200, 100, 1e-6), (12, 20, 1.0), (12, 200, 1e-2)])
 def test_frechet_distance_is_right_to_50_digits(n1, n2, scale):
-    """Also with fewer samples than features (12, 20 of 32) and with nearly singular products (the last feature 1e-6 of the first), where sqrtm breaks."""
+    """Also with fewer samples than features (12, 20 of 32) and with nearly singular products (the last feature 1e-6 of the
+    first), where sqrtm breaks."""
     rng = np.random.default_rng(n1 + n2)
     one, two = gaussian(rng, n1, 32, scale), gaussian(rng, n2, 32, scale)
     assert fid.frechet_distance(*one, *two) == pytest.approx(exact(*one, *two), rel=1e-6)
@@ -407,7 +432,13 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     np.savez("none.npz", arr_0=arrays[:0])
     np.savez("other.npz", pictures=arrays)
     np.savez("code.npz", arr_0=np.array([{}, {}], dtype=object))
+    np.savez("flat.npz", arr_0=arrays[:, :0])
     np.savez("wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez("few.npz", arr_0=arrays, labels=np.zeros(5, dtype=int))
+    np.savez("onehot.npz", arr_0=arrays, labels=np.eye(9))
+    open("text.npz", "w").write("no archive")
+    with open("array.npz", "wb") as file:
+        np.save(file, arrays)
     open("empty.npz", "wb").close()
     data = open(good, "rb").read()
     open("cut.npz", "wb").write(data[:len(data) // 2])
@@ -422,13 +453,18 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     def error(*words):
         return refused(capsys, fid, *words, "--inception-weights", weights, "--workers", 0)
     for name, words in dict(grey="uint8 of shape", float="float32", planes="(9, 3, 32, 32)", none="has 0 pictures",
-                            other="has 0 pictures", code="object", empty="cannot be read as .npz",
-                            cut="cannot be read as .npz").items():
+                            other="has 0 pictures", code="object", flat="(9, 0, 32, 3)", empty="not a zip file",
+                            cut="not a zip file", text="not a zip file", array="not a zip file").items():
         sentence = error(f"{name}.npz", "--ref", ref)
         assert words in sentence and "uint8 of shape (N,H,W,3)" in sentence and f"{name}.npz" in sentence
+    assert "few.npz: labels has shape (5,), but arr_0 holds 9 pictures" in error("few.npz", "--ref", ref)
+    assert "onehot.npz: labels has shape (9, 9)" in error(good, "--ref", "onehot.npz")
     assert "No such file" in error("absent.npz", "--ref", ref)
     assert "damaged" in error("damaged.npz", "--ref", ref)
     assert "has 9 pictures, but 20 are needed" in error(good, "--ref", ref, "--num", 20)
+    for flag, value, least in (("--num", 1, 2), ("--batch-size", 0, 1), ("--size", 0, 1), ("--pr-images", -1, 0)):
+        assert f"{flag} {value}: it must be at least {least}" in error(good, "--ref", ref, flag, value)
+    assert "cannot be kept in bare" in error(good, "--ref", ref, "--out", "bare")
     assert "may have Inception's mu and sigma" in error(good, "--ref", "other.npz")
     assert "mu, sigma are no finite statistics" in error(good, "--ref", "wrong.npz")
     assert "cannot be read as .npz" in error(good, "--ref", "cut.npz")

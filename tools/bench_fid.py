@@ -1,5 +1,6 @@
-"""fid.py beside torch-fidelity and pytorch-fid: pictures a second and peak memory of one pass over a set, from files to
-features, each in a process of its own and with its own batch size; and what pytorch-fid's other resize does to FID.
+"""fid.py beside torch-fidelity and pytorch-fid: pictures a second (of wall time, and of CPU time, for a machine that does
+other work as well) and peak memory of one pass over a set, from files to features, each in a process of its own and with
+its own batch size; and what pytorch-fid's other resize does to FID.
 
     python -m tools.bench_fid                       # table of the three; about two minutes on one core
     python -m tools.bench_fid --resize --num 500    # FID of two folders under both resizes
@@ -42,30 +43,35 @@ def random_inception(path):
     torch.save(net.state_dict(), path)
 
 
+def clock():
+    """Seconds of wall time, and of CPU time (with loader processes that have ended), which other work does not stretch."""
+    return np.array([time.time(), sum(os.times()[:4])])
+
+
 def fid_py(files, weights):
     common.setup("cpu")                                     # as its main does
     net, pictures = fid.Inception(weights), fid.Pictures(os.path.dirname(files[0]))
-    start = time.time()
+    start = clock()
     fid.collect(net, pictures.batches(torch.device("cpu"), 0), pictures.count)
-    return time.time() - start
+    return clock() - start
 
 
 def torch_fidelity(files, weights):
     from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
     settings = dict(cuda=False, cache=False, verbose=False, feature_extractor_weights_path=weights)
     net = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **settings)
-    start = time.time()
+    start = clock()
     extract_featuresdict_from_input_id(1, net, input1=os.path.dirname(files[0]), **settings)
-    return time.time() - start
+    return clock() - start
 
 
 def pytorch_fid(files, weights):
     from pytorch_fid import fid_score, inception
     inception.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
     net = inception.InceptionV3()
-    start = time.time()
+    start = clock()
     fid_score.calculate_activation_statistics(files, net, num_workers=0)
-    return time.time() - start
+    return clock() - start
 
 
 def throughput(args, files):
@@ -77,12 +83,13 @@ def throughput(args, files):
         for tool in TOOLS * args.turns:
             words = ["-m", "tools.bench_fid", "--tool", tool, "--data", folder, "--weights", args.weights]
             out = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout.split()
-            times[tool].append(float(out[-2]))
+            times[tool].append([float(x) for x in out[-3:-1]])
             memory[tool] = float(out[-1])
     print(f"{len(files)} pictures, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':16}{'pictures/s':>12}{'peak memory':>14}")
+    print(f"{'':16}{'pictures/s':>12}{'/CPU second':>14}{'peak memory':>14}")
     for tool in TOOLS:
-        print(f"{tool:16}{len(files) / min(times[tool]):12.2f}{memory[tool]:11.2f} GB")
+        wall, cpu = np.min(times[tool], axis=0)
+        print(f"{tool:16}{len(files) / wall:12.2f}{len(files) / cpu:14.2f}{memory[tool]:10.2f} GiB")
 
 
 def half_pixel(x, size):
@@ -123,7 +130,7 @@ def main():
     if args.tool:
         files = [os.path.join(args.data, os.fsdecode(name)) for name in data.names]
         measure = dict(zip(TOOLS, (fid_py, torch_fidelity, pytorch_fid)))[args.tool]
-        return print(measure(files, args.weights), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+        return print(*measure(files, args.weights), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     with tempfile.TemporaryDirectory() as folder:
         if not args.weights:
             args.weights = os.path.join(folder, "random.pth")
