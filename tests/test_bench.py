@@ -1,4 +1,4 @@
-"""tools/bench.py compares equal work: the baseline and compiled steps give our losses and gradients, and its counts are right."""
+"""tools/bench.py compares equal work: the baseline and compiled steps give our losses and gradients. Its counts are right."""
 import types
 
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import models
 import train_sit
-from tools import bench
+from tools import bench, sizes
 
 SIT = dict(depth=2, width=64, heads=2, repa_block=1)
 VAE = dict(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_levels=(2,))
@@ -59,7 +59,7 @@ def test_sit_grad_checkpoint_changes_nothing_but_memory():
     x, t, y = torch.randn(16, 4, 8, 8), torch.rand(16), torch.arange(16)
     for net.grad_checkpoint in (False, True):
         net.zero_grad()
-        with bench.LiveMemory() as memory:
+        with sizes.LiveMemory() as memory:
             v, tokens = net(x, t, y, tokens=True)
             (v.square().mean() + tokens.square().mean()).backward()
         grads.append([p.grad.clone() for p in net.parameters()])
@@ -76,7 +76,7 @@ def test_operations_of_attention_are_its_two_products():
 
 
 def test_live_memory_is_what_is_alive():
-    with bench.LiveMemory() as memory:
+    with sizes.LiveMemory() as memory:
         a = torch.zeros(1000)
         b = a.view(10, 100) + 1                                          # a view is no memory
         del a

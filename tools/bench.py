@@ -4,15 +4,15 @@ products reach, peak memory. All networks have random weights, which changes no 
     python -m tools.bench --quick                             # small sizes: two minutes on two cores
     python -m tools.bench --only sit-B vae-f16d32 --baseline  # these rows, each beside its baseline
     python -m tools.bench --write                             # appends the table to BENCHMARKS.md
-    python -m tools.bench --sizes                             # computed: communication a step, activation memory
 
 --baseline measures each training, sampling and decoding row a second time, done as published trainers do it (`published`
 below), in the same run. Each row runs in a process of its own, so that its peak memory is its own. Peak memory is that of the
 process with all its libraries; on CUDA that of its tensors. Floating-point operations are those of matrix products and
-convolutions; the two products of attention count the same however they are computed.
+convolutions; on a CPU attention counts the same however it is computed. In bf16 weights, optimiser and EMA stay fp32.
 """
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,9 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -145,7 +141,7 @@ def sit_training(m, size, batch, repa, vfm_dim=768, **shape):
     if m.device.type == "cpu" and 20 * sum(p.numel() for p in net.parameters()) > free_memory():
         raise models.UserError("weights, gradients, AdamW's moments and EMA do not fit the free memory")
     net = wake(net).to(m.device)
-    ema = models.SiT(**net.config).to(m.device).requires_grad_(False)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
     forward, params = compiled(m, net), list(net.parameters())
     optimizer, bad_step = adamw(m, params), torch.tensor(-1, device=m.device)
     position, label = torch.arange(batch, device=m.device), torch.arange(batch, device=m.device)
@@ -181,8 +177,7 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
     disc = models.PatchDiscriminator().to(m.device, memory_format=common.layout(m.device)) if "gan" in terms else None
     net = train_vae.SendVAE(vae, mapper, bool({"recon", "lpips", "gan"} & set(terms)))
     net.to(m.device, memory_format=common.layout(m.device))
-    ema = train_vae.SendVAE(models.VAE(**vae.config), mapper and type(mapper)(vae.channels, vae.latent_size, patch, vision.dim,
-                            max(1, vision.dim // 64)), net.decode).to(m.device).requires_grad_(False)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
     forward, critic, vision, lpips = (compiled(m, part) for part in (net, disc, vision, lpips))
     params, bad_step = list(net.parameters()), torch.tensor(-1, device=m.device)
     optimizer, critic_optimizer = adamw(m, params), disc and adamw(m, disc.parameters())
@@ -325,8 +320,8 @@ def rows(quick, batch=None):
         found[f"cache-{spec}"] = caching, (spec, 4, size), f"latent caching, {spec}, {size} px, 4 JPEG files", False
         found[f"decode-{spec}"] = decoding, (spec, 2, size), f"decoding, {spec}, {size} px, batch 2", True
     for sampler, steps, cfg in (("ode", 50, 1.0), ("ode", 50, 2.5), ("sde", 250, 1.0), ("sde", 250, 2.5)):
-        text = f"{sampler.upper()} {steps}, SiT-{net}/2{', cfg 2.5' if cfg > 1 else ''}, batch {max(1, batch // 2)}; 4 steps, scaled"
-        found[f"{sampler}{'-cfg' if cfg > 1 else ''}"] = sampling, (net, max(1, batch // 2), sampler, steps, cfg), text, True
+        text = f"{sampler.upper()} {steps}, SiT-{net}/2{', cfg 2.5' if cfg > 1 else ''}, batch {batch}; 4 steps, scaled"
+        found[f"{sampler}{'-cfg' if cfg > 1 else ''}"] = sampling, (net, batch, sampler, steps, cfg), text, True
     found["vfm"] = vfm_forward, (2 if quick else 8,), f"VFM forward, DINOv2-B at 224 px, batch {2 if quick else 8}", True
     found["fid"] = fid_features, (batch, 256), f"FID features of 256 px, batch {batch}", False
     found["probe"] = probing, ((1000, 512) if quick else (5000, 8192)), "probe fit, 40 attributes; rows/s", False
@@ -369,10 +364,11 @@ def count_flop(step):
     return counter.get_total_flops()
 
 
-def matrix_product(m, n):
-    """A square matrix product: what a machine does best."""
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16 if m.precision == "bf16" else torch.float32).to(m.device) for _ in range(2))
-    return lambda: a @ b
+def matrix_peak(m):
+    """Operations a second of square matrix products, what a machine does best."""
+    n, dtype = 8192 if m.device.type == "cuda" else 1536, torch.bfloat16 if m.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, dtype=dtype).to(m.device) for _ in range(2))
+    return dict(flop=2 * n ** 3 / min(seconds(m, lambda: a @ b) for _ in range(8)))
 
 
 def measure(m, make, arguments):
@@ -382,6 +378,7 @@ def measure(m, make, arguments):
         step, count = make(eager, *arguments)
         flop = count_flop(step)                             # this is the warm-up too
         if m.compile:
+            del step
             step, count = make(m, *arguments)
             step()
         if m.device.type == "cuda":
@@ -406,9 +403,7 @@ def one_row(args):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if args.row == "peak":
-            n = 8192 if device.type == "cuda" else 1536
-            step = matrix_product(m, n)
-            found = dict(flop=2 * n ** 3 / min(seconds(m, step) for _ in range(8)))
+            found = matrix_peak(m)
         else:
             make, arguments = rows(args.quick, args.batch_size)[args.row][:2]
             try:
@@ -430,11 +425,6 @@ def start_row(args, name, precision, baseline=False, compile=False):
     if done.returncode:
         return dict(error=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def cpu_model():
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
 
 
 def table(args, device):
@@ -473,74 +463,6 @@ def table(args, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Computed sizes: communication and activation memory
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of tensors made while it is on that are still alive, and their peak. On fake tensors nothing is computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
-                storage = tensor.untyped_storage()
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        self.peak = max(self.peak, self.bytes)
-        return made
-
-    def freed(self, count):
-        self.bytes -= count
-
-
-def activation_memory(make, loss, precision):
-    """Bytes alive at the peak of a forward and backward pass beyond weights and gradients."""
-    with FakeTensorMode():
-        net, inputs = make()
-        for p in net.parameters():
-            p.grad = torch.zeros_like(p)
-        with LiveMemory() as memory:
-            with common.autocast(torch.device("cpu"), precision):
-                value = loss(net(*inputs))
-            value.backward()
-    return memory.peak
-
-
-def sizes():
-    def sit(checkpoint, batch, precision):
-        def make():
-            net = models.SiT("XL", 1, 32, 16, vfm_dim=768)
-            net.grad_checkpoint = checkpoint
-            return net, (torch.randn(batch, 32, 16, 16), torch.rand(batch), torch.zeros(batch, dtype=torch.long), True)
-        return activation_memory(make, lambda out: out[0].square().mean() + out[1].float().square().mean(), precision)
-
-    def vae(checkpoint, batch, precision):
-        def make():
-            net = models.VAE("f16d32", 256)
-            net.set_grad_checkpoint(checkpoint)
-            return net, (torch.randn(batch, 3, 256, 256),)
-        return activation_memory(make, lambda y: y.square().mean(), precision)
-
-    with torch.device("meta"):
-        counts = {"SiT-XL/1 with projector": models.SiT("XL", 1, 32, 16, vfm_dim=768),
-                  "VAE f16d32 and mapper": torch.nn.ModuleList([models.VAE(), models.Mapper(32, 16, 1, 768, 12)])}
-    counts = {k: sum(p.numel() for p in net.parameters()) for k, net in counts.items()}
-    print("| module | parameters, M | gradients fp32, GB | sent by each of 8 GPUs a step, GB | of 64 |\n| --- | ---: | ---: | ---: | ---: |")
-    for name, count in counts.items():
-        sent = (f"{2 * (n - 1) / n * 4 * count / 1e9:.2f}" for n in (8, 64))
-        print("| " + " | ".join([name, f"{count / 1e6:.1f}", f"{4 * count / 1e9:.2f}", *sent]) + " |")
-    models.VAE.forward = lambda self, x: self.decode(self.encode(x)[0])
-    print("\n| activations | precision | GB | with --grad-checkpoint, GB |\n| --- | --- | ---: | ---: |")
-    for name, function, batch in (("SiT-XL/1, batch 32", sit, 32), ("VAE f16d32, 256 px, batch 16", vae, 16)):
-        for precision in ("fp32", "bf16"):
-            print(f"| {name} | {precision} | " + " | ".join(f"{function(c, batch, precision) / 1e9:.2f}" for c in (False, True)) + " |")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -555,25 +477,27 @@ def main():
     p.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of the clock's: for one thread on a machine "
                    "that is shared with other work")
     p.add_argument("--write", action="store_true", help="append the table to BENCHMARKS.md")
-    p.add_argument("--sizes", action="store_true", help="computed: communication volume and activation memory")
     p.add_argument("--row", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.row:
         return one_row(args)
-    if args.sizes:
-        return sizes()
-    unknown = set(args.only or ()) - set(rows(args.quick, args.batch_size))
+    names = rows(args.quick)
+    unknown = sorted(set(args.only or ()) - set(names))
     if unknown:
-        raise models.UserError(f"--only {' '.join(sorted(unknown))}: the rows are {', '.join(rows(args.quick, args.batch_size))}")
+        raise models.UserError(f"--only {' '.join(unknown)}: the rows are {', '.join(names)}")
     device = common.setup(args.device)
     if args.cpu_time and (device.type == "cuda" or torch.get_num_threads() > 1):
-        raise models.UserError("--cpu-time means something for one thread on a CPU only: set OMP_NUM_THREADS=1 and --device cpu")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()}), {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads")
-    command = shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]])
-    head = f"## {time.strftime('%Y-%m-%d')}, {machine}\n\n`{command}`; torch {torch.__version__}, Python " \
-           f"{platform.python_version()}; {'CPU seconds' if args.cpu_time else 'wall clock'}, best of {args.repeats};"
+        raise models.UserError("--cpu-time is for one thread on a CPU: set OMP_NUM_THREADS=1 and give --device cpu")
+    machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")] or [platform.machine()]
+    machine = f"{names[0]} ({torch.backends.cpu.get_cpu_capability()}), {machine}"
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name()}; {machine}"
+    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
+    head = (f"## {time.strftime('%Y-%m-%d')}, {machine}\n\n`{threads}{shlex.join(['python', '-m', 'tools.bench', *sys.argv[1:]])}`"
+            f"; torch {torch.__version__}, Python {platform.python_version()}; "
+            f"{'CPU seconds' if args.cpu_time else 'wall clock'}, best of {args.repeats};")
     print(head)
     lines = table(args, device)
     if args.write:
