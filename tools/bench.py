@@ -217,14 +217,17 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
     return step, batch
 
 
-def vfm_forward(m, batch):
-    vfm, x = compiled(m, random_vfm(m)), common.from_uint8(random_pictures(batch, 256, m.device))
-
+def inference(m, function):
     @torch.no_grad()
     def step():
         with common.autocast(m.device, m.precision):
-            return vfm(x)
-    return step, batch
+            return function()
+    return step
+
+
+def vfm_forward(m, batch):
+    vfm, x = compiled(m, random_vfm(m)), common.from_uint8(random_pictures(batch, 256, m.device))
+    return inference(m, lambda: vfm(x)), batch
 
 
 def sampling(m, size, batch, sampler, steps, cfg, timed=4):
@@ -240,25 +243,18 @@ def sampling(m, size, batch, sampler, steps, cfg, timed=4):
         times = np.linspace(1, 0.04, steps) if sampler == "sde" else np.linspace(1, 0, steps + 1)[:-1]
         return sum(2 if cfg > 1 and t <= 0.75 else 1 for t in times)
 
-    @torch.no_grad()
-    def step():
-        with common.autocast(m.device, m.precision):
-            return sample.integrate(lambda x, t: sample.guided_velocity(net, x, t, ids, cfg, (0.0, 0.75)),
-                                    normal(0, "sample start", ids, (4, 32, 32)), sampler, timed,
-                                    lambda i: normal(0, f"sample step {i}", ids, (4, 32, 32)))
-    return step, batch * evaluations(timed) / evaluations(steps)
+    def integrate():
+        return sample.integrate(lambda x, t: sample.guided_velocity(net, x, t, ids, cfg, (0.0, 0.75)),
+                                normal(0, "sample start", ids, (4, 32, 32)), sampler, timed,
+                                lambda i: normal(0, f"sample step {i}", ids, (4, 32, 32)))
+    return inference(m, integrate), batch * evaluations(timed) / evaluations(steps)
 
 
 def decoding(m, spec, batch, size):
     vae = models.VAE(spec, size).to(m.device, memory_format=common.layout(m.device)).eval().requires_grad_(False)
     decode = torch.compile(vae.decode) if m.compile else vae.decode
     z = torch.randn(batch, vae.channels, vae.latent_size, vae.latent_size).to(m.device)
-
-    @torch.no_grad()
-    def step():
-        with common.autocast(m.device, m.precision):
-            return common.to_uint8(decode(z))
-    return step, batch
+    return inference(m, lambda: common.to_uint8(decode(z))), batch
 
 
 def write_jpegs(count):
@@ -495,9 +491,10 @@ def main():
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name()}; {machine}"
     threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
-    head = (f"## {time.strftime('%Y-%m-%d')}, {machine}\n\n`{threads}{shlex.join(['python', '-m', 'tools.bench', *sys.argv[1:]])}`"
-            f"; torch {torch.__version__}, Python {platform.python_version()}; "
-            f"{'CPU seconds' if args.cpu_time else 'wall clock'}, best of {args.repeats};")
+    command = threads + shlex.join(["python", "-m", "tools.bench", *sys.argv[1:]])
+    clock = "CPU seconds" if args.cpu_time else "wall clock"
+    head = (f"## {time.strftime('%Y-%m-%d')}, {machine}\n\n`{command}`; torch {torch.__version__}, "
+            f"Python {platform.python_version()}; {clock}, best of {args.repeats};")
     print(head)
     lines = table(args, device)
     if args.write:
