@@ -487,12 +487,15 @@ class VFM(nn.Module):
         data = timm.data.resolve_model_data_config(self.model)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data["std"]).view(3, 1, 1), persistent=False)
-        with torch.no_grad():
-            tokens = self(torch.zeros(1, 3, image_size, image_size))
-        self.dim = tokens.shape[2]
-        if tokens.shape[1] != self.grid ** 2:
-            raise UserError(f"{name} gives {tokens.shape[1]} tokens for a {self.input_size}x{self.input_size} picture, "
-                            f"but a {self.grid}x{self.grid} grid is needed; choose another --vfm or --vfm-stride")
+        try:
+            with torch.no_grad():
+                _, tokens, self.dim = self(torch.zeros(1, 3, image_size, image_size)).shape
+        except Exception as error:                          # models of one input size alone fail in many ways
+            raise UserError(f"{name} takes no {self.input_size}x{self.input_size} picture, which a {self.grid}x{self.grid} grid of "
+                            f"tokens needs ({first_line(error)}); choose another --vfm or --vfm-stride") from None
+        if tokens != self.grid ** 2:
+            raise UserError(f"{name} gives {tokens} tokens for a {self.input_size}x{self.input_size} picture, but a "
+                            f"{self.grid}x{self.grid} grid is needed; choose another --vfm or --vfm-stride")
 
     def train(self, mode=True):
         return super().train(False)                         # frozen: batch norms and dropout stay in eval mode

@@ -291,6 +291,18 @@ def test_attention_is_softmax_of_scaled_products():
     assert torch.allclose(models.attention(q, k, v), want)
 
 
+def test_a_vision_model_whose_grid_cannot_match_is_refused(tmp_path):
+    """pit_ti_224 has positions for 224 x 224 pictures only, and a grid of 2 x 2 tokens needs another size; a feature map at
+    stride 8 does not exist in test_vit."""
+    import timm
+    from safetensors.torch import save_file
+    for name, stride, message in (("pit_ti_224", None, "takes no .* which a 2x2 grid of tokens needs .*choose another --vfm"),
+                                  ("test_vit", 8, "test_vit has no feature map at stride 8, only")):
+        save_file({k: v.contiguous() for k, v in timm.create_model(name).state_dict().items()}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(models.UserError, match=message):
+            models.VFM(name, str(tmp_path / f"{name}.safetensors"), 32, grid=2, stride=stride)
+
+
 def test_mapper_gradient_reaches_the_encoder_and_not_the_vision_model(vfm_weights):
     vae = models.VAE("f4d4", 32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1)
     for p in vae.parameters():
