@@ -33,34 +33,28 @@ from common import say
 from models import UserError, load_vae
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-BLOCK = 2048                                                # rows of features that are on the device at once
+BLOCK = 2048                                                # rows of features on the device at once
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("what")
-    g.add_argument("--vae", nargs="+", help="files, run folders or published VAEs (default: the newest under runs/)")
-    g.add_argument("--data", nargs="+", help="benchmark folders (default: all under data/, else runs/demo/pictures)")
-    g.add_argument("--task", action="append", choices=["attributes", "classes", "uniformity", "mixture"],
+    p.add_argument("--vae", nargs="+", help="files, run folders or published VAEs (default: the newest under runs/)")
+    p.add_argument("--data", nargs="+", help="benchmark folders (default: all under data/, else runs/demo/pictures)")
+    p.add_argument("--task", action="append", choices=["attributes", "classes", "uniformity", "mixture"],
                    help="may be given several times (default: attributes)")
-    g.add_argument("--zero-shot", action="store_true", help="AwA2: test on the ten classes of testclasses.txt")
-    g.add_argument("--skip-missing", action="store_true", help="leave out annotated pictures that are not there")
-    g.add_argument("--train-images", type=int, default=250000, help="at most; a seeded choice of the training split")
-    g.add_argument("--resolution", type=int, help="side of the pictures (default: the VAE's)")
-    g.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="of the L2 penalty, to choose from")
-    g.add_argument("--iterations", type=int, default=300, help="of the solver, at most; it stops when it has converged")
-    g.add_argument("--bootstrap", type=int, default=300, help="resamplings of the test pictures, for 95%% intervals")
-    g.add_argument("--no-baselines", dest="baselines", action="store_false", help="no majority class, no raw pixels")
-    g.add_argument("--gfid", help="csv of <VAE>,<FID> for each --vae: correlation of FID with every measure")
-    g.add_argument("--pictures", type=int, default=8, help="an attribute's highest and lowest, in a PNG; 0: none")
-    g.add_argument("--out", default="runs/probe")
-    g.add_argument("--cache", default="runs/cache", help="folder of the features")
-    g = p.add_argument_group("machine")
-    g.add_argument("--batch-size", type=int, default=64, help="pictures a process encodes at once")
-    g.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder; moves the numbers")
-    g.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    g.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores)")
-    g.add_argument("--seed", type=int, default=0, help="of splits that are not published, subsets and resamplings")
+    p.add_argument("--zero-shot", action="store_true", help="AwA2: test on the ten classes of testclasses.txt")
+    p.add_argument("--skip-missing", action="store_true", help="leave out annotated pictures that are not there")
+    p.add_argument("--train-images", type=int, default=250000, help="at most; a seeded choice of the training split")
+    p.add_argument("--iterations", type=int, default=300, help="of the solver, at most; it stops when it has converged")
+    p.add_argument("--bootstrap", type=int, default=300, help="resamplings of the test pictures, for 95%% intervals")
+    p.add_argument("--gfid", help="csv of <VAE>,<FID> for each --vae: correlation of FID with every measure")
+    p.add_argument("--pictures", type=int, default=8, help="an attribute's highest and lowest, in a PNG; 0: none")
+    p.add_argument("--out", default="runs/probe")
+    p.add_argument("--cache", default="runs/cache", help="folder of the features")
+    p.add_argument("--batch-size", type=int, default=64, help="pictures a process encodes at once")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    p.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    p.add_argument("--seed", type=int, default=0, help="of splits that are not published, subsets and resamplings")
     return p.parse_args(argv)
 
 
@@ -107,61 +101,61 @@ def read_lines(path):
 
 
 def read_table(path, meaning, columns=None):
-    """<picture> <value> ... lines, spaces or commas between -> {picture: int8 (A,)} and the columns' names. `meaning`:
-    a value's text -> 0..255 (255 becomes -1). Above them may stand their number and the columns' names."""
-    rows, count = {}, None
+    """<picture> <value> ... lines, spaces or (csv) commas between -> {picture: int8 (A,)} and the columns' names. `meaning`:
+    a value's text -> 1, 0 or -1. Above them may stand their number and the columns' names."""
+    rows, count, comma = {}, None, "," if path.endswith(".csv") else None
     for number, line in read_lines(path):
-        words = [w.strip() for w in line.split(",")] if path.endswith(".csv") else line.split()
+        picture, *values = words = [w.strip() for w in line.split(comma)]
         if not rows and line.isdecimal() and len(line) < 16:
             count = int(line)
-        elif not rows and words[-1] not in meaning and number <= 2:
-            if columns is None:                             # a csv names the picture's column too
-                columns = words[1:] if path.endswith(".csv") else words
+        elif not rows and number <= 2 and words[-1] not in meaning:
+            columns = columns or (values if comma else words)              # a csv names the picture's column too
         else:
-            bad = [w for w in words[1:] if w not in meaning]
-            columns = columns or [str(k) for k in range(len(words) - 1)]       # a list without names
-            if bad or len(words) - 1 != len(columns) or words[0] in rows or not words[1:]:
-                raise UserError(f"{path}, line {number}: " + (f"'{bad[0]}' is none of {', '.join(meaning)}" if bad else
-                                f"{words[0]} stands there twice" if words[0] in rows else
-                                f"{len(words) - 1} values instead of {len(columns or '1')}"))
-            rows[words[0]] = np.frombuffer(bytes(map(meaning.get, words[1:])), np.int8)
+            columns = columns or [str(k) for k in range(len(values))]          # a list without names
+            wrong = [f"'{w}' is none of {', '.join(meaning)}" for w in values if w not in meaning]
+            if picture in rows:
+                wrong.append(f"{picture} stands there twice")
+            if not values or len(values) != len(columns):
+                wrong.append(f"{len(values)} values instead of {len(columns or '1')}")
+            if wrong:
+                raise UserError(f"{path}, line {number}: {wrong[0]}")
+            rows[picture] = np.fromiter(map(meaning.get, values), np.int8, len(values))
     if not rows or count not in (None, len(rows)):
         raise UserError(f"{path} lists {len(rows)} pictures" + (f", its first line says {count}" if count else ""))
     return rows, columns
 
 
+def read_partition(path, meaning):
+    return {n: int(v[0]) for n, v in read_table(path, meaning, ["partition"])[0].items()}
+
+
 def read_attributes(name, folder, path, partition, columns, args):
     """Benchmark from a file of attributes and {picture: split}, which must agree."""
-    rows, columns = read_table(path, {"1": 1, "-1": 255, "0": 0}, columns)
+    rows, columns = read_table(path, {"1": 1, "-1": -1, "0": 0}, columns)
     odd = [n for n in partition if n not in rows] or [n for n in rows if n not in partition]
     if odd:
         raise UserError(f"{path} and the partition differ in {len(odd)} pictures, the first is {odd[0]}")
     values = np.stack([rows[n] for n in partition])
-    negative = -1 if (values == -1).any() else 0            # where a file has -1 for no, its 0 means unknown
-    targets = np.where(values == 1, 1, np.where(values == negative, 0, -1)).astype(np.int8)
-    return Benchmark(name, folder, list(partition), list(partition.values()), targets, columns, args)
+    if (values == -1).any():                                # where a file has -1 for no, its 0 means unknown
+        values = np.where(values == 1, 1, -1 - values).astype(np.int8)
+    return Benchmark(name, folder, list(partition), list(partition.values()), values, columns, args)
 
 
-def first_of(root, *paths, needed=True):
+def first_of(root, *paths):
     found = [p for p in (os.path.join(root, path) for path in paths) if os.path.exists(p)]
-    if needed and not found:
+    if not found:
         raise UserError(f"{root} has no {' or '.join(paths)}")
-    return found[0] if found else None
+    return found[0]
 
 
-def stratified(labels, share, seed):
-    """bool (N,): a seeded share of the pictures of each label, at least one."""
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        here = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        chosen[here[:max(1, round(share * len(here)))]] = True
-    return chosen
-
-
-def with_validation(labels, test, seed):
-    """split (N,): 2 where test; of the others a seeded tenth of each label 1, the rest 0."""
-    split, rest = np.where(test, 2, 0), np.flatnonzero(~test)
-    split[rest[stratified(labels[rest], 0.1, seed + 1)]] = 1
+def seeded_split(labels, test, seed):
+    """split (N,): 2 where `test`, or if that is None in a seeded fifth of each label; of the others a tenth of each label
+    1, the rest 0."""
+    split = np.zeros(len(labels), int) if test is None else np.where(test, 2, 0)
+    for value, share in ((2, 0.2), (1, 0.1)) if test is None else ((1, 0.1),):
+        for label in np.unique(labels[split == 0]):
+            here = np.random.default_rng([seed, value, label]).permutation(np.flatnonzero((labels == label) & (split == 0)))
+            split[here[:max(1, round(share * len(here)))]] = value
     return split
 
 
@@ -169,7 +163,7 @@ def read_celeba(root, args):
     notes = first_of(root, *(f"{d}list_attr_celeba.{e}" for e in ("txt", "csv") for d in ("", "Anno/")))
     parts = first_of(root, *(f"{d}list_eval_partition.{e}" for e in ("txt", "csv") for d in ("", "Eval/")))
     folder = first_of(root, "img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba", ".")
-    partition = {n: int(v[0]) for n, v in read_table(parts, {"0": 0, "1": 1, "2": 2}, ["partition"])[0].items()}
+    partition = read_partition(parts, {"0": 0, "1": 1, "2": 2})
     return read_attributes(os.path.basename(root), folder, notes, partition, None, args)
 
 
@@ -186,9 +180,9 @@ def read_deepfashion(root, args):
         partition = {line: k for k, path in enumerate(lists) for _, line in read_lines(path)}
     else:
         parts = first_of(root, "Eval/list_eval_partition.txt", "list_eval_partition.txt")
-        partition = {n: int(v[0]) for n, v in read_table(parts, dict(train=0, val=1, test=2), ["status"])[0].items()}
-    folder = os.path.dirname(first_of(root, "Img/img", "img"))
+        partition = read_partition(parts, dict(train=0, val=1, test=2))
     name = os.path.basename(root) + (" fine" if notes.endswith("fine") else "")
+    folder = os.path.dirname(first_of(root, "Img/img", "img"))
     return read_attributes(name, folder, first_of(notes, "list_attr_img.txt"), partition, columns, args)
 
 
@@ -199,37 +193,33 @@ def read_awa2(root, args):
     matrix = [line.split() for _, line in read_lines(first_of(root, "predicate-matrix-binary.txt"))]
     bad = [f"line {i} is not {len(attributes)} times 0 or 1" for i, row in enumerate(matrix, 1)
            if len(row) != len(attributes) or set(row) - {"0", "1"}]
-    if bad or not len(matrix) == len(classes) == len(set(classes)):
+    if len(matrix) != len(classes) or len(set(classes)) != len(classes):
         bad.append(f"{len(matrix)} lines for {len(classes)} classes, {len(set(classes))} of them different")
+    if bad:
         raise UserError(f"{root}/predicate-matrix-binary.txt: {bad[0]}")
     names = [f"{c}/{f}" for c in classes for f in sorted(os.listdir(first_of(root, f"JPEGImages/{c}/")))
              if f.lower().endswith(common.IMAGE_TYPES)]
     label = np.array([classes.index(name.split("/")[0]) for name in names])
-    if args.zero_shot:
-        chosen = column("testclasses.txt")
-        if set(chosen) - set(classes):
-            raise UserError(f"{root}/testclasses.txt: '{sorted(set(chosen) - set(classes))[0]}' is not in classes.txt")
-        test = np.isin(label, [classes.index(c) for c in chosen])
-    else:
-        test = stratified(label, 0.2, args.seed)
-    split = with_validation(label, test, args.seed)
-    name = os.path.basename(root) + (" zero-shot" if args.zero_shot else "")
-    targets = np.array(matrix, np.int8)[label]
-    return Benchmark(name, os.path.join(root, "JPEGImages"), names, split, targets, attributes, args)
+    chosen = column("testclasses.txt") if args.zero_shot else []
+    if set(chosen) - set(classes):
+        raise UserError(f"{root}/testclasses.txt: '{sorted(set(chosen) - set(classes))[0]}' is not in classes.txt")
+    test = np.isin(np.array(classes)[label], chosen) if args.zero_shot else None
+    return Benchmark(os.path.basename(root) + (" zero-shot" if args.zero_shot else ""), os.path.join(root, "JPEGImages"),
+                     names, seeded_split(label, test, args.seed), np.array(matrix, np.int8)[label], attributes, args)
 
 
 def read_classes(root, args):
     """An image folder: its train and val (or test), or, where it has no such parts, a seeded fifth as the test."""
-    folders = [first_of(root, "train", "."), first_of(root, "val", "test", needed=False)]
-    sets = [common.ImageSet(folder) for folder in folders if folder]
+    held_out = [d for d in (os.path.join(root, part) for part in ("val", "test")) if os.path.isdir(d)]
+    sets = [common.ImageSet(folder) for folder in [first_of(root, "train", "."), *held_out[:1]]]
     if sets[0].classes != sets[-1].classes or len(sets[0].classes) < 2:
         raise UserError(f"{root}: {len(sets[0].classes)} class folders for training, {len(sets[-1].classes)} to test; "
                         "two or more are needed, the same in both (ImageNet's validation pictures have to be sorted)")
     label = np.concatenate([s.labels for s in sets])
-    test = np.arange(len(label)) >= len(sets[0]) if sets[1:] else stratified(label, 0.2, args.seed)
-    split = with_validation(label, test, args.seed)
+    test = np.arange(len(label)) >= len(sets[0]) if held_out else None
     names = [os.path.join(os.path.relpath(s.root, root), os.fsdecode(n)) for s in sets for n in s.names]
-    return Benchmark(f"{os.path.basename(root)} classes", root, names, split, label, sets[0].classes, args)
+    return Benchmark(f"{os.path.basename(root)} classes", root, names, seeded_split(label, test, args.seed), label,
+                     sets[0].classes, args)
 
 
 READERS = {"list_attr_celeba.*": read_celeba, "Anno/list_attr_celeba.*": read_celeba,
@@ -239,23 +229,21 @@ READERS = {"list_attr_celeba.*": read_celeba, "Anno/list_attr_celeba.*": read_ce
 
 def read_benchmarks(args):
     """What the tasks need of --data: attributes where a folder has them, else, or if they are asked for, classes."""
-    found, demo = [], os.path.join("runs", "demo", "pictures")
-    for root in map(os.path.abspath, args.data or sorted(glob.glob("data/*")) or [demo]):
+    found = []
+    for root in map(os.path.abspath, args.data or sorted(glob.glob("data/*"))):
         read = [r for name, r in READERS.items() if glob.glob(os.path.join(glob.escape(root), name))][:1]
-        if args.task == ["classes"]:
-            read = []
+        read = [] if args.task == ["classes"] else read
         if "classes" in args.task or not read and "attributes" not in args.task:
             read += [read_classes] if args.data or os.path.isdir(os.path.join(root, "train")) else []
-        if args.data and not os.path.isdir(root):
-            raise UserError(f"{root}: no such folder")
         if args.data and not read:
-            raise UserError(f"{root} has no annotations in CelebA's, DeepFashion's or AwA2's form "
-                            f"({', '.join(READERS)}); for an image folder give --task classes")
+            raise UserError(f"{root} has no annotations in CelebA's, DeepFashion's or AwA2's form ({', '.join(READERS)}); "
+                            "for an image folder give --task classes" if os.path.isdir(root) else f"{root}: no such folder")
         found += [r(root, args) for r in read]
-    if not found and not args.data and os.path.isdir(demo):
-        found = [(read_classes if args.task == ["classes"] else read_celeba)(os.path.abspath(demo), args)]
     if not found:
-        raise UserError("no benchmark under data/; name one with --data, or make a small one with `python demo.py`")
+        demo = os.path.join("runs", "demo", "pictures")
+        if not os.path.isdir(demo):
+            raise UserError("no benchmark under data/; name one with --data, or make a small one with `python demo.py`")
+        return read_benchmarks(argparse.Namespace(**{**vars(args), "data": [demo]}))
     names = [b.name for b in found]
     for bench in found:                                     # two folders of one name would share a line of the table
         bench.name = bench.name if names.count(bench.name) == 1 else f"{bench.name} {bench.folder}"
@@ -288,9 +276,8 @@ def features(bench, encode, dims, size, key, args, device):
 
 def vae_features(bench, vae, args, device):
     def encode(x):
-        with common.autocast(device, args.precision):
-            return vae.normalize(vae.encode(x)[0]).flatten(1)
-    key = f"{vae.info['hash'][:12]}-{vae.resolution}-{args.precision}"
+        return vae.normalize(vae.encode(x)[0]).flatten(1)
+    key = f"{vae.info['hash'][:12]}-{vae.resolution}"
     return features(bench, encode, vae.channels * vae.latent_size ** 2, vae.resolution, key, args, device)
 
 
@@ -339,86 +326,6 @@ class Rows:
         return axes, values.clamp(min=0)
 
 
-class Problem:
-    """G regressions on the same rows at once: an attribute with a strength each (K = 1, `column` (G,) of the targets),
-    or a strength each of a softmax over K classes. Weights (r+1,G,K) lie along the principal axes, biases last."""
-
-    def __init__(self, rows, axes, y, column, classes, strength):
-        self.rows, self.axes, self.y, self.column, self.classes = rows, axes, y, column, classes
-        self.strength = strength.view(1, -1, 1).repeat(axes.shape[1] + 1, 1, 1)
-        self.strength[-1] = 0                               # biases go free
-        known = (y[:, column] >= 0).sum(0) if not classes else torch.full_like(strength, len(y))
-        self.count = known.clamp(min=1)[:, None].float()    # (G,1)
-
-    def at(self, part, z):
-        """Logits z (n,G,K) -> probabilities, their error, and their weight: 1/N, or 0 where the target is not known."""
-        if self.classes:
-            p = z.softmax(-1)
-            return p, p - F.one_hot(self.y[part], self.classes)[:, None], 1 / self.count
-        p, y = z.sigmoid(), self.y[part][:, self.column, None]
-        return p, p - (y == 1).float(), (y >= 0) / self.count
-
-    def logits(self, w):
-        weight, z = self.axes @ w[:-1].flatten(1), torch.empty(len(self.y), w[0].numel(), device=w.device)
-        for part, x in self.rows:
-            torch.addmm(w[-1].flatten(), x, weight, out=z[part])
-        return z.view(-1, *w.shape[1:])
-
-    def gradient(self, w, z):
-        """-> gradient (r+1,G,K), and the mean curvature of the loss in each logit (G,K)."""
-        inner, bias, curve = torch.zeros(self.axes.shape[0], w[0].numel(), device=w.device), 0, 0
-        for part, x in self.rows:
-            p, error, weight = self.at(part, z[part])
-            inner.addmm_(x.T, (error * weight).flatten(1))
-            bias, curve = bias + (error * weight).sum(0), curve + (p * (1 - p) * weight).sum(0)
-        return torch.cat([(self.axes.T @ inner).view_as(w[:-1]), bias[None]]) + self.strength * w, curve
-
-    def along(self, w, z, d, dz, t):
-        """First and second derivative (G,) of the loss by t at weights w + t d, whose logits are z + t dz."""
-        first, second = dot(self.strength * (w + t[:, None] * d), d), dot(self.strength * d, d)
-        for part in (slice(i, i + BLOCK) for i in range(0, len(z), BLOCK)):
-            step = dz[part]
-            p, error, weight = self.at(part, z[part] + t[:, None] * step)
-            first += dot(error * weight, step)
-            mean = (p * step).sum(-1, keepdim=True) if self.classes else p * step
-            second += dot(p * weight * step, step - mean)
-        return first, second
-
-    def descend(self, w, variances, steps, tolerance):
-        """Non-linear conjugate gradients (Polak-Ribiere) after scaling by 1 / (curvature x variance + strength), about
-        the inverse Hessian. A step is found by Newton's method on the line, which needs no product with the features,
-        as logits are linear in t. -> w, and about twice the loss that is left to gain (G,)."""
-        z = self.logits(w)
-        for step in range(steps + 1):
-            g, curve = self.gradient(w, z)
-            if step == 0:
-                scale = F.pad(variances, (0, 1), value=1.0).view(-1, 1, 1)
-                scale = 1 / (curve.clamp(min=1e-7) * scale + self.strength)
-            s = scale * g
-            gain = dot(g, s)
-            if step == steps or bool((gain < tolerance).all()):
-                return w, gain
-            if step == 0:
-                d = -s
-            else:
-                d = (dot(g - before, s) / last).clamp(min=0)[:, None] * d - s
-                d = torch.where(dot(d, g)[:, None] < 0, d, -s)
-            before, last, dz = g, gain, self.logits(d)
-            t, low, high = torch.zeros_like(gain), torch.zeros_like(gain), torch.full_like(gain, torch.inf)
-            for _ in range(3):
-                first, second = self.along(w, z, d, dz, t)
-                low, high = torch.where(first < 0, t, low), torch.where(first < 0, high, t)
-                new = t - first / second.clamp(min=1e-30)
-                beyond = torch.where(high < torch.inf, (low + high) / 2, 2 * t + 1e-3)
-                t = torch.where((new > low) & (new < high), new, beyond)
-            w, z = w + t[:, None] * d, z.addcmul_(t[:, None], dz)
-
-
-def dot(a, b):
-    """(n,G,K) twice -> (G,)"""
-    return (a * b).sum((0, 2))
-
-
 class Probe:
     """scores(x (N,D)) -> logits (N,A); `strength` (A,) that was chosen; `info` on the fit."""
 
@@ -435,82 +342,132 @@ def score_block(x, i, weight, bias):
     return (block @ weight.flatten(1)).view(-1, *bias.shape) + bias
 
 
+def errors(z, y, count, softmax):
+    """Logits (n,S,A), targets (n,A) -> probabilities, their error, and their weight: 1/N, or 0 where y is not known."""
+    p, weight = z.softmax(-1) if softmax else z.sigmoid(), (y >= 0)[:, None] / count
+    return p, (p - (y == 1)[:, None].float()) * weight, weight
+
+
+def descend(rows, axes, variances, y, strengths, softmax, iterations, tolerance):
+    """Targets y (N,A), strengths (S,) -> weights (r+1,S,A) along `axes`, biases last; iterations; fits not converged.
+
+    Non-linear conjugate gradients (Polak-Ribiere) after scaling by 1 / (curvature x variance + strength), about the inverse
+    Hessian, measured anew every 20 steps. A step is found by Newton's method on the line, which needs no product with the
+    features, as logits are linear in its length t. Every (strength, attribute) has its own t, but all classes of one
+    softmax the same."""
+    n, s, a, device = len(y), len(strengths), y.shape[1], y.device
+    variances = F.pad(variances, (0, 1), value=1.0).view(-1, 1, 1)                 # the bias's is 1
+    penalty = strengths.view(1, s, 1).repeat(len(variances), 1, 1)
+    penalty[-1] = 0                                         # biases go free
+    count = (y >= 0).sum(0).clamp(min=1)
+    share = (y == 1).sum(0) / count
+    w = torch.zeros(len(variances), s, a, device=device)
+    w[-1] = share.clamp(min=0.5 / n).log() if softmax else share.clamp(0.5 / n, 1 - 0.5 / n).logit()
+    done = ((share == 0) | (share == 1)).repeat(s, 1)       # nothing to learn: the bias says it all
+    done = done.all(1, keepdim=True) if softmax else done
+
+    def dot(u, v):
+        return (u * v).sum((0, 2))[:, None] if softmax else (u * v).sum(0)
+
+    def logits(w):
+        weight, z = axes @ w[:-1].flatten(1), torch.empty(n, s * a, device=device)
+        for part, x in rows:
+            torch.addmm(w[-1].flatten(), x, weight, out=z[part])
+        return z.view(n, s, a)
+
+    z = logits(w)
+    for iteration in range(iterations + 1):
+        inner, bias, curve = torch.zeros(len(axes), s * a, device=device), 0, 0
+        for part, x in rows:
+            p, error, weight = errors(z[part], y[part], count, softmax)
+            inner.addmm_(x.T, error.flatten(1))
+            bias, curve = bias + error.sum(0), curve + (p * (1 - p) * weight).sum(0)
+        g = torch.cat([(axes.T @ inner).view_as(w[:-1]), bias[None]]) + penalty * w
+        if iteration % 20 == 0:
+            scale = 1 / (curve.clamp(min=1e-7) * variances + penalty)
+        downhill = -scale * g
+        gain = -dot(g, downhill)                            # about twice the loss that is left to gain
+        done |= gain < tolerance
+        if done.all() or iteration == iterations:
+            return w, iteration, int((~done).sum())
+        d = downhill
+        if iteration % 20:
+            d = (dot(before - g, downhill) / last).clamp(min=0) * d_before + downhill
+            d = torch.where(dot(d, g) < 0, d, downhill)
+        d = torch.where(done, 0, d)
+        before, last, d_before, dz = g, gain, d, logits(d)
+        t = low = torch.zeros_like(gain)
+        high = torch.full_like(gain, torch.inf)
+        for _ in range(3):
+            first, second = dot(penalty * (w + t * d), d), dot(penalty * d, d)
+            for part in (slice(i, i + BLOCK) for i in range(0, n, BLOCK)):
+                p, error, weight = errors(z[part] + t * dz[part], y[part], count, softmax)
+                mean = (p * dz[part]).sum(-1, keepdim=True) if softmax else p * dz[part]
+                first += dot(error, dz[part])
+                second += dot(p * weight * dz[part], dz[part] - mean)
+            low, high = torch.where(first < 0, t, low), torch.where(first < 0, high, t)
+            new = t - first / second.clamp(min=1e-30)
+            beyond = torch.where(high < torch.inf, (low + high) / 2, 2 * t + 1e-3)
+            t = torch.where((new > low) & (new < high), new, beyond)
+        w, z = w + t * d, z.addcmul_(t, dz)
+
+
 @torch.no_grad()
 def fit_linear_probe(train_x, train_y, val_x, val_y, strengths=STRENGTHS, iterations=300, tolerance=1e-7, device="cpu",
                      memory=4e9):
     """Features (N,D), targets (N,A) of 1, 0, and -1 for unknown, or classes (N,) -> Probe. All strengths are fitted at
     once, of as many attributes as `memory` bytes for logits and weights allow."""
     y, val_y = (torch.as_tensor(np.asarray(v)).to(device) for v in (train_y, val_y))
-    classes = int(max(y.max(), val_y.max())) + 1 if y.ndim == 1 else 0
-    y, val_y = (v.long() if classes else v.to(torch.int8) for v in (y, val_y))
+    softmax = y.ndim == 1
+    if softmax:
+        classes = int(max(y.max(), val_y.max())) + 1
+        y, val_y = (F.one_hot(v.long(), classes) for v in (y, val_y))
+    y, val_y = y.to(torch.int8), val_y.to(torch.int8)
     strengths = torch.tensor(sorted(strengths, reverse=True), dtype=torch.float32, device=device)
-    (n, d), width, levels = train_x.shape, classes or y.shape[1], len(strengths)
+    (n, d), a, s = train_x.shape, y.shape[1], len(strengths)
     rows = Rows(train_x, device)
     axes, variances = rows.principal_axes()
     fit = max(1, int(memory / (8 * n + 24 * d)))            # outputs at a time: two logits a row, six vectors each
-    if classes:                                             # a softmax cannot be cut: fewer strengths at a time
-        parts = [(s, torch.arange(width)) for s in torch.arange(levels).split(max(1, fit // width))]
+    every, levels = torch.arange(a, device=device), torch.arange(s, device=device)
+    if softmax:                                             # it cannot be cut: fewer strengths at a time
+        parts = [(some, every) for some in levels.split(max(1, fit // a))]
     else:
-        parts = [(torch.arange(levels), a) for a in torch.arange(width).split(max(1, fit // levels))]
-    weight, bias = torch.empty(d, levels, width, device=device), torch.empty(levels, width, device=device)
+        parts = [(levels, columns) for columns in every.split(max(1, fit // s))]
+    weight, bias = torch.empty(d, s, a, device=device), torch.empty(s, a, device=device)
     info = dict(rows=n, dims=d, iterations=0, unconverged=0, tolerance=tolerance)
-    for some, chunk in parts:
-        some, chunk = some.to(device), chunk.to(device)
-        column = chunk.repeat(len(some)) if not classes else None
-        strength = strengths[some] if classes else strengths.repeat_interleave(len(chunk))
-        whole = Problem(rows, axes, y, column, classes, strength)
-        if classes:
-            share = torch.bincount(y, minlength=classes).float().div(n).clamp(min=0.5 / n)
-            start, active = share.log().repeat(len(some), 1), torch.arange(len(some), device=device)
-        else:
-            share = (y == 1).sum(0)[column, None] / whole.count
-            start = share.clamp(0.5 / n, 1 - 0.5 / n).logit()
-            active = ((share > 0) & (share < 1)).flatten().nonzero()[:, 0]         # of the others the bias says it all
-        w, done = F.pad(start[None], (0, 0, 0, 0, axes.shape[1], 0)), 0
-        while len(active) and done < iterations:            # at each turn the converged leave, curvature is measured
-            steps = min(20, iterations - done)
-            problem = Problem(rows, axes, y, None if classes else column[active], classes, strength[active])
-            w[:, active], gain = problem.descend(w[:, active], variances, steps, tolerance)
-            active, done = active[gain >= tolerance], done + steps
-        info["iterations"], info["unconverged"] = max(info["iterations"], done), info["unconverged"] + len(active)
-        w = w.view(-1, len(some), len(chunk))
+    for some, columns in parts:
+        w, count, left = descend(rows, axes, variances, y[:, columns], strengths[some], softmax, iterations, tolerance)
+        info["iterations"], info["unconverged"] = max(info["iterations"], count), info["unconverged"] + left
         inner = (axes @ w[:-1].flatten(1)).view(d, *w.shape[1:]) / rows.std.view(-1, 1, 1)
-        weight[:, some[:, None], chunk] = inner
-        bias[some[:, None], chunk] = w[-1] - torch.tensordot(rows.mean, inner, 1)
-    loss = torch.zeros(levels, 1 if classes else width, device=device)
+        weight[:, some[:, None], columns] = inner
+        bias[some[:, None], columns] = w[-1] - torch.tensordot(rows.mean, inner, 1)
+    loss = torch.zeros(s, a, device=device)
     for i in range(0, len(val_x), BLOCK):
         z, target = score_block(val_x, i, weight, bias), val_y[i:i + BLOCK, None]
-        if classes:
-            loss += F.cross_entropy(z.mT, target.expand(-1, levels), reduction="none").sum(0)[:, None]
-        else:
-            each = F.binary_cross_entropy_with_logits(z, (target == 1).float().expand_as(z), reduction="none")
-            loss += (each * (target >= 0)).sum(0)
-    best, every = loss.argmin(0).expand(width), torch.arange(width, device=device)     # ties: the strongest
+        losses = -z.log_softmax(-1) if softmax else F.softplus(z) - z * (target == 1)
+        loss += (losses * (target == 1 if softmax else target >= 0)).sum(0)
+    best = (loss.sum(1, keepdim=True).expand(s, a) if softmax else loss).argmin(0)         # ties: the strongest
     return Probe(weight[:, best, every], bias[best, every], strengths[best].cpu().numpy(), info)
 
 
-def read_one(folder):
-    """The attribute benchmark of one folder."""
-    return read_benchmarks(parse_arguments(["--data", folder, "--task", "attributes"]))[0]
+def training_probe(folder, size, precision="fp32", train_images=2000, test_images=1000):
+    """-> function(vae) -> F1 of a probe on a few pictures of a benchmark's folder, always the same and kept in memory: a
+    look during training. Its penalty is fixed, so its numbers compare with each other and not with the table's."""
+    bench = read_benchmarks(parse_arguments(["--data", folder, "--task", "attributes"]))[0]
+    picks = [np.sort(part.start + np.random.default_rng(0).permutation(part.stop - part.start)[:count])
+             for part, count in ((bench.parts[0], train_images), (bench.parts[2], test_images))]
+    pictures, y = [bench.load(pick, size) for pick in picks], [bench.targets[pick] for pick in picks]
 
-
-def quick_probe(vae, bench, train_images=2000, test_images=1000, precision="fp32"):
-    """F1 of a probe on a few pictures of a benchmark (or of its folder), the same at each call: a look during training.
-    Its penalty is fixed, so its numbers compare with each other and not with the table's."""
-    if isinstance(bench, str):
-        bench = read_one(bench)
-    device, x, y = vae.latent_mean.device, [], []
-    for part, count in ((bench.parts[0], train_images), (bench.parts[2], test_images)):
-        pick = np.sort(part.start + np.random.default_rng(0).permutation(part.stop - part.start)[:count])
-        y.append(bench.targets[pick])
-        x.append([])
-        for i in range(0, len(pick), 64):
-            picture = common.from_uint8(bench.load(pick[i:i + 64], vae.resolution).to(device))
-            with torch.no_grad(), common.autocast(device, precision):
-                x[-1].append(vae.encode(picture)[0].flatten(1).cpu())
-        x[-1] = torch.cat(x[-1]).numpy()
-    probe = fit_linear_probe(x[0], y[0], x[1], y[1], [1e-2], device=device)
-    return dict(zip(("probe_f1_macro", "probe_f1_micro"), f1_scores(probe.scores(x[1]), y[1])))
+    @torch.no_grad()
+    def measured(vae):
+        def encode(x):
+            with common.autocast(device, precision):
+                return vae.encode(common.from_uint8(x.to(device)))[0].flatten(1).float().cpu()
+        device = vae.latent_mean.device
+        x = [torch.cat([encode(block) for block in part.split(64)]).numpy() for part in pictures]
+        probe = fit_linear_probe(x[0], y[0], x[1], y[1], [1e-2], device=device)
+        return dict(zip(("probe_f1_macro", "probe_f1_micro"), f1_scores(probe.scores(x[1]), y[1])))
+    return measured
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -667,49 +624,47 @@ def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
 
 def read_gfid(path, vaes):
     """csv of <VAE>,<FID> -> FIDs in the order of `vaes`, named as in the command or by the last part of it."""
-    table, last = {}, {v: os.path.basename(v.rstrip("/")) for v in vaes}
+    table, last = {}, [os.path.basename(v.rstrip("/")) for v in vaes]
     for number, line in read_lines(path):
-        words = [w.strip() for w in line.split(",")]
+        name, _, value = (w.strip() for w in line.partition(","))
         try:
-            table[words[0]] = float(words[1])
-        except (ValueError, IndexError):
+            table[name] = float(value)
+        except ValueError:
             if number > 1:                                  # the first may be a header
                 raise UserError(f"{path}, line {number}: '{line}' is not <VAE>,<FID>") from None
-    lack = [v for v in vaes if v not in table and last[v] not in table]
+    lack = [v for v, short in zip(vaes, last) if v not in table and short not in table]
     if lack or len(vaes) < 3:
         raise UserError(f"--gfid {path}: a correlation needs three VAEs or more, and the FID of each"
                         + (f"; {', '.join(lack)} has none" if lack else ""))
-    return [table.get(v, table.get(last[v])) for v in vaes]
+    return [table.get(v, table.get(short)) for v, short in zip(vaes, last)]
 
 
 def correlate(x, y, seed, count=2000):
     """-> Pearson's and Spearman's correlation, each [value, low, high]: 95% intervals over resampled VAEs."""
-    x, y, found = np.array(x), np.array(y), {}
     picks = np.vstack([np.arange(len(x)), np.random.default_rng(seed).integers(0, len(x), (count, len(x)))])
-    for name, of in (("Pearson", np.array), ("Spearman", rankdata)):
-        values = [float(np.corrcoef(of(x[i]), of(y[i]))[0, 1]) for i in picks if np.ptp(x[i]) and np.ptp(y[i])]
-        varied = np.ptp(x) > 0 and np.ptp(y) > 0
-        found[name] = [values[0], *np.quantile(values, [0.025, 0.975]).tolist()] if varied else [0.0] * 3
-    return found
+    if not np.ptp(x) or not np.ptp(y):
+        return dict(Pearson=[0.0] * 3, Spearman=[0.0] * 3)
+    pairs = [(x, y) for x, y in zip(np.array(x)[picks], np.array(y)[picks]) if np.ptp(x) and np.ptp(y)]
+    found = dict(Pearson=[np.corrcoef(x, y)[0, 1] for x, y in pairs],
+                 Spearman=[np.corrcoef(rankdata(x), rankdata(y))[0, 1] for x, y in pairs])
+    return {name: [float(v[0]), *np.quantile(v, [0.025, 0.975]).tolist()] for name, v in found.items()}
 
 
 def draw_scatter(path, panels, labels):
-    """A panel for each (title, x, y): FID over a measure, a dot for each VAE; the axes bear their extremes."""
-    w, h, columns = 400, 320, min(3, len(panels))
-    canvas = Image.new("RGB", (w * columns, h * -(-len(panels) // columns)), "white")
+    """A panel of 400 x 320 for each (title, x, y): FID over a measure, a dot for each VAE; the axes bear their extremes."""
+    canvas = Image.new("RGB", (400, 320 * len(panels)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (title, x, y) in enumerate(panels):
-        left, top = i % columns * w + 60, i // columns * h + 50
-        right, bottom = left + w - 80, top + h - 90
+        left, right, top, bottom = 60, 380, 320 * i + 50, 320 * i + 280
         pen.rectangle((left, top, right, bottom), outline="grey")
         pen.text((left, top - 42), title, "black")
-        for value, at in ((min(x), (left, bottom + 6)), (max(x), (right - 40, bottom + 6)), (max(y), (left - 52, top)),
-                          (min(y), (left - 52, bottom - 12))):
+        pen.text((8, (top + bottom) / 2), "FID", "black")
+        for at, value in (((left, bottom + 6), min(x)), ((right - 40, bottom + 6), max(x)), ((8, top), max(y)),
+                          ((8, bottom - 12), min(y))):
             pen.text(at, f"{value:.4g}", "black")
-        pen.text((left - 52, (top + bottom) / 2), "FID", "black")
         for u, v, label in zip(x, y, labels):
-            px = left + 12 + (right - left - 24) * (u - min(x)) / (np.ptp(x) or 1)
-            py = bottom - 12 - (bottom - top - 24) * (v - min(y)) / (np.ptp(y) or 1)
+            px = left + 12 + 296 * (u - min(x)) / (np.ptp(x) or 1)
+            py = bottom - 12 - 206 * (v - min(y)) / (np.ptp(y) or 1)
             pen.ellipse((px - 4, py - 4, px + 4, py + 4), "navy")
             pen.text((min(px + 6, right - 6 * len(label)), max(py - 14, top)), label, "black")
     with common.writing(path) as file:
@@ -722,42 +677,29 @@ def slug(text):
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
 
-def majority_scores(bench):
-    """The baseline that sees nothing: what is most frequent in training, always -> validation and test scores."""
-    y, (train, *others) = bench.targets, bench.parts
-    share = np.bincount(y[train], minlength=len(bench.attributes)) / len(y[train]) if y.ndim == 1 else \
-        (y[train] == 1).sum(0) / np.maximum((y[train] >= 0).sum(0), 1)
-    return [np.tile((share - 0.5).astype(np.float32), (part.stop - part.start, 1)) for part in others]
-
-
 def probe_one(bench, x, label, size, args, device):
-    """Fit and measures on features x (N,D), or the majority baseline without; writes each attribute's results and, if
-    `size`, its extreme pictures -> {measure: [value, low, high]}, about the fit."""
-    train, val, test = bench.parts
-    y, about = bench.targets, {}
-    if x is None:
-        scores = majority_scores(bench)
-    else:
-        probe = fit_linear_probe(x[train], y[train], x[val], y[val], args.strengths, args.iterations, device=device)
-        scores = [probe.scores(x[part]) for part in (val, test)]
-        chosen, counts = np.unique(probe.strength, return_counts=True)
-        about = dict(probe.info, strengths={f"{s:g}": int(c) for s, c in zip(chosen, counts)})
-        if probe.info["unconverged"]:
-            say(f"warning: {bench.name}, {label}: {probe.info['unconverged']} fits unconverged; more --iterations?")
-    values, columns = measure(scores[1], y[test], scores[0], y[val], args)
-    if x is not None and columns:
-        positives = dict(train_positives=(y[train] == 1).sum(0), test_positives=(y[test] == 1).sum(0))
-        columns = dict(attribute=bench.attributes, strength=[f"{s:g}" for s in probe.strength], **positives, **columns)
+    """Fit and measures on features x (N,D); writes each attribute's results and, if `size`, its extreme pictures
+    -> {measure: [value, low, high]}, about the fit."""
+    (train, val, test), y = bench.parts, bench.targets
+    probe = fit_linear_probe(x[train], y[train], x[val], y[val], iterations=args.iterations, device=device)
+    if probe.info["unconverged"]:
+        say(f"warning: {bench.name}, {label}: {probe.info['unconverged']} fits unconverged; more --iterations?")
+    scores = probe.scores(x[test])
+    values, columns = measure(scores, y[test], probe.scores(x[val]), y[val], args)
+    name = f"{slug(bench.name)}-{slug(label)}"
+    if columns:
+        columns = dict(attribute=bench.attributes, strength=[f"{s:g}" for s in probe.strength],
+                       train_positives=(y[train] == 1).sum(0), test_positives=(y[test] == 1).sum(0), **columns)
         text = io.StringIO()
         csv.writer(text).writerows([columns, *zip(*(np.asarray(v).tolist() for v in columns.values()))])
-        with common.writing(os.path.join(args.out, f"{slug(bench.name)}-{slug(label)}.csv")) as file:
+        with common.writing(os.path.join(args.out, f"{name}.csv")) as file:
             file.write(text.getvalue().encode())
-    folder = os.path.join(args.out, "pictures", f"{slug(bench.name)}-{slug(label)}")
-    for a, name in enumerate(bench.attributes if size and args.pictures else ()):
-        order = test.start + np.argsort(-scores[1][:, a], kind="stable")
+    for a, attribute in enumerate(bench.attributes if size and args.pictures else ()):
+        order = test.start + np.argsort(-scores[:, a], kind="stable")
         rows = [bench.load(picks, size) for picks in (order[:args.pictures], order[::-1][:args.pictures])]
-        common.save_grid(os.path.join(folder, f"{slug(name)}.png"), rows)
-    return values, about
+        common.save_grid(os.path.join(args.out, "pictures", name, f"{slug(attribute)}.png"), rows)
+    chosen, counts = np.unique(probe.strength, return_counts=True)
+    return values, dict(probe.info, strengths={f"{s:g}": int(c) for s, c in zip(chosen, counts)})
 
 
 def lines_of_table(results, columns):
@@ -781,16 +723,14 @@ def main():
     jobs, info = {}, {}                                     # jobs: (benchmark, column of the table) -> features, side
     for path in paths:
         vae = load_vae(path, device)
-        if args.resolution:
-            vae.set_resolution(args.resolution)
         size, dims = vae.resolution, vae.channels * vae.latent_size ** 2
         info[path] = dict(vae.config, hash=vae.info["hash"], dims=dims, channels=vae.channels, step=vae.info["step"])
         say(f"VAE       {path}, {dims} dimensions at {size} pixels, hash {vae.info['hash']}")
         for bench in benches:
             jobs[bench, path] = vae_features(bench, vae, args, device), size
-            if args.baselines and probed and (bench, f"{dims} pixels") not in jobs:
+            if probed:
                 jobs[bench, f"{dims} pixels"] = pixel_features(bench, dims, size, args, device), None
-                jobs[bench, "majority"] = None, None
+                jobs[bench, "majority"] = np.zeros((len(bench.names), 1), np.float32), None      # only biases can learn
     first = common.rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()                        # the rest is for one process, and nobody waits for it

@@ -323,12 +323,12 @@ def main():
         measure = training_measure(args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers)
         held_out = Pictures(args.val, min(args.fid_num, len(val_data)), args.resolution)
 
-    bench = None
+    probed = None
     if args.probe_every:
         if not args.probe_data:
             raise UserError("--probe-every needs --probe-data, a benchmark's folder")
-        import probe
-        bench = probe.read_one(args.probe_data)
+        from probe import training_probe
+        probed = training_probe(args.probe_data, args.resolution, precision) if common.rank() == 0 else None
 
     def reconstructed():
         """This process's share of the pictures to measure, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
@@ -369,8 +369,8 @@ def main():
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             draw_pictures(ema.vae, val_data or data, step, args, device, precision)
         stats_images = take_statistics(step, final=step == total) if due else None
-        if bench and (step == total or step % args.probe_every == 0 and step > start) and common.rank() == 0:
-            log.note(step, probe.quick_probe(ema.vae, bench, precision=precision))
+        if probed and (step == total or step % args.probe_every == 0 and step > start):
+            log.note(step, probed(ema.vae))
         if measure and (step == total or step % args.fid_every == 0 and step > start):
             log.note(step, {f"r{k}": v for k, v in measure(reconstructed(), held_out.count).items() if k == "fid"})
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume

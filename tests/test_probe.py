@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import refused, script, torchrun
+from conftest import VAE, refused, script, torchrun
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics
@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 import common
 import models
 import probe
+import train_vae
 from tools.pictures import draw_pictures
 
 
@@ -470,7 +471,7 @@ def test_classes_and_fid(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
     write("fid.csv", "vae,fid\nvae0,30.5\nvae1,20\nruns/vae2,10\n")
     script(probe, *FEW, "--vae", "runs/vae0", "runs/vae1/", "runs/vae2", "--data", "runs/demo/pictures", "--task", "classes",
-           "--task", "mixture", "--gfid", "fid.csv", "--no-baselines", "--out", "fids", "--pictures", "0")
+           "--task", "mixture", "--gfid", "fid.csv", "--out", "fids", "--pictures", "0")
     with open("fids/result.json") as file:
         result = json.load(file)
     found = result["correlations"]["pictures classes, accuracy"]
@@ -496,7 +497,29 @@ def test_quick_probe(made, monkeypatch):
     """What train_vae.py calls between steps: few pictures, the same numbers each time, the training's seed untouched."""
     monkeypatch.chdir(made)
     vae = models.load_vae("runs/vae0")
-    bench = probe.read_benchmarks(options("--data", "runs/demo/pictures"))[0]
-    values = [probe.quick_probe(vae, data, 100, 80) for data in (bench, bench, "runs/demo/pictures")]
+    measures = [probe.training_probe("runs/demo/pictures", 32, train_images=100, test_images=80) for _ in range(2)]
+    monkeypatch.setattr(probe.Benchmark, "load", None)      # its pictures are in memory by now
+    values = [measures[0](vae), measures[0](vae), measures[1](vae)]
     assert values[0] == values[1] == values[2] and 0 < values[0]["probe_f1_macro"] < 1 and set(values[0]) == {
         "probe_f1_macro", "probe_f1_micro"}
+
+
+def test_probe_during_training_changes_nothing_else(made, monkeypatch):
+    """train_vae.py --probe-every: finite F1 in metrics.jsonl at its steps and the last; the weights are those without it."""
+    monkeypatch.chdir(made)
+    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "0", "--gan", "0", "--steps", "5",
+             "--stats-images", "16", "--save-every", "100", "--sample-every", "100"]
+    script(train_vae, *words, "--out", "without")
+    script(train_vae, *words, "--out", "with", "--probe-every", "2", "--probe-data", "runs/demo/pictures")
+    with open("with/metrics.jsonl") as file:
+        lines = [line for line in map(json.loads, file) if "probe_f1_macro" in line]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(0 <= line[k] <= 1 for line in lines for k in ("probe_f1_macro", "probe_f1_micro"))      # NaN is not
+    ours, theirs = (models.load_vae(folder).state_dict() for folder in ("with", "without"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_probe_during_training_needs_its_data(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "0", "--gan", "0", "--steps", "1"]
+    assert "--probe-every needs --probe-data" in refused(capsys, train_vae, *words, "--out", "needs", "--probe-every", "1")
