@@ -420,10 +420,8 @@ class ImageSet:
                 f"first for {shown(self.path(min(self.bad)))}")
 
     def read_cache(self):
-        if not intact(self.cache):
-            return False
         try:
-            with np.load(self.cache, allow_pickle=False) as file:
+            with open_npz(self.cache) as file:
                 header = json.loads(str(file["header"]))
                 if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
                     return False
@@ -649,6 +647,21 @@ def writing(path, check=None):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def open_npz(path):
+    """np.load of an .npz whose checksums are right and whose headers claim what its members hold, no more and no less."""
+    if not intact(path):
+        raise ValueError("a checksum differs, or it is no zip file")
+    file = np.load(path, allow_pickle=False)
+    for member in file.zip.infolist():
+        with file.zip.open(member) as rows:
+            version = np.lib.format.read_magic(rows)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(rows)
+            if rows.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+                raise ValueError(f"{member.filename} is cut, or claims the wrong shape {shape}")
+    return file
 
 
 def open_array(path, dtype, shape):
