@@ -41,6 +41,7 @@ import train_sit  # noqa: E402
 from tools import weights  # noqa: E402
 
 LIMIT = 2 ** 30                                             # bytes of address space that a reader may take
+PATIENCE = 10                                               # seconds
 NUMBERS = [0, 1, -1, 2, 7, 127, 128, 255, 256, 65535, 65536, 10 ** 6, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 32, 10 ** 12,
            2 ** 63 - 1, 2 ** 63, 2 ** 64 - 1]
 
@@ -159,7 +160,7 @@ def flat(value, name=""):
     if isinstance(value, (list, tuple)):
         return flat(dict(enumerate(value)), name)
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
-        value = np.asarray(value)
+        value = np.asarray(value.detach() if torch.is_tensor(value) else value)
         return {name: (str(value.dtype), value.shape, value.tobytes())}
     return {name: value}
 
@@ -514,7 +515,7 @@ def work(readers, seed, ks, current, log):
         current.value = k
         rng = np.random.default_rng([seed, k])
         reader = readers[names[rng.choice(len(names), p=shares / shares.sum())]]
-        signal.setitimer(signal.ITIMER_REAL, 10)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         outcome, details, (path, data) = reader.try_one(rng)
         signal.setitimer(signal.ITIMER_REAL, 0)
         counts[f"{reader.name} {outcome}"] = counts.get(f"{reader.name} {outcome}", 0) + 1
