@@ -651,14 +651,17 @@ def writing(path, check=None):
 
 def open_npz(path):
     """np.load of an .npz whose checksums are right and whose headers claim what its members hold, no more and no less."""
-    if not intact(path):
-        raise ValueError("a checksum differs, or it is no zip file")
+    with open(path, "rb"):                                  # absent, or not to be read: its own error
+        if not intact(path):
+            raise ValueError("it is not a zip file, or a checksum in it differs")
     file = np.load(path, allow_pickle=False)
     for member in file.zip.infolist():
         with file.zip.open(member) as rows:
             version = np.lib.format.read_magic(rows)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(rows)
+            if dtype.hasobject:
+                raise ValueError(f"{member.filename} holds Python objects")
             if rows.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
                 raise ValueError(f"{member.filename} is cut, or claims the wrong shape {shape}")
     return file
