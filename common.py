@@ -812,7 +812,7 @@ def load_checkpoint(folder, device):
             if intact(path):
                 return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:                          # whole, but not a checkpoint
-            say(f"note: {path}: {str(error).splitlines()[0]}")
+            say(f"note: {path}: {first_line(error)}")
         say(f"warning: {path} is damaged, using the one before it")
     if paths:
         raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be read; start anew with --overwrite")
@@ -877,7 +877,9 @@ class RunLog:
             lines = []
             if start and os.path.exists(path):
                 with open(path) as file:
-                    lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
+                    for line in file:                       # the last one may be cut off
+                        with contextlib.suppress(ValueError, KeyError, TypeError):
+                            lines += [line] * (json.loads(line)["step"] <= start)
             with writing(path) as file:
                 file.write("".join(lines).encode())
             self.file = open(path, "a")
