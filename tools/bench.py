@@ -68,10 +68,10 @@ def plain_ema(ema, model, decay):
         a.copy_(b)
 
 
-def plain_update(optimizer, params, limit, step, bad_step):
-    total = torch.nn.utils.clip_grad_norm_(params, limit)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def plain_update(guard, losses, step):
+    total = torch.nn.utils.clip_grad_norm_(guard.params, guard.limit)
+    guard.optimizer.step()
+    guard.optimizer.zero_grad(set_to_none=True)
     return total
 
 
@@ -81,7 +81,7 @@ def published(on=True):
     with contextlib.ExitStack() as stack:
         for module, name, plain in (
                 (models, "attention", plain_attention), (common, "ema_update", plain_ema),
-                (common, "guarded_step", plain_update), (common, "layout", lambda device: torch.contiguous_format),
+                (common.Guard, "step", plain_update), (common, "layout", lambda device: torch.contiguous_format),
                 (train_vae, "align_loss", lambda p, q: 1 - plain_cosine(p, q)),
                 (train_sit, "repa_loss", lambda p, q: -plain_cosine(p, q))):
             if on:
@@ -142,8 +142,7 @@ def sit_training(m, size, batch, repa, vfm_dim=768, **shape):
         raise models.UserError("weights, gradients, AdamW's moments and EMA do not fit the free memory")
     net = wake(net).to(m.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    forward, params = compiled(m, net), list(net.parameters())
-    optimizer, bad_step = adamw(m, params), torch.tensor(-1, device=m.device)
+    forward, guard = compiled(m, net), common.Guard(net, adamw(m, net.parameters()), 1.0)
     position, label = torch.arange(batch, device=m.device), torch.arange(batch, device=m.device)
     mean, std = torch.randn(batch, 2, 4, 32, 32).to(m.device).unbind(1)
     target = torch.randn(batch, net.grid ** 2, vfm_dim).to(m.device)
@@ -160,7 +159,7 @@ def sit_training(m, size, batch, repa, vfm_dim=768, **shape):
             else:
                 loss = F.mse_loss(forward(x_t, t, y), v)
             loss.backward()
-        gradient = common.guarded_step(optimizer, params, 1.0, 0, bad_step)
+        gradient = guard.step(loss.detach()[None], 0)
         common.ema_update(ema, net, 0.9999)
         return loss.detach(), gradient
     return step, batch
@@ -179,8 +178,8 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
     net.to(m.device, memory_format=common.layout(m.device))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     forward, critic, vision, lpips = (compiled(m, part) for part in (net, disc, vision, lpips))
-    params, bad_step = list(net.parameters()), torch.tensor(-1, device=m.device)
-    optimizer, critic_optimizer = adamw(m, params), disc and adamw(m, disc.parameters())
+    guard = common.Guard(net, adamw(m, net.parameters()), 1.0)
+    critic_guard = disc and common.Guard(disc, adamw(m, disc.parameters()), 1.0)
     position = torch.arange(batch, device=m.device)
     image = random_pictures(batch, size, m.device)
     shape = (vae.channels, vae.latent_size, vae.latent_size)
@@ -207,11 +206,12 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
                 disc.requires_grad_(True)
             loss = sum(WEIGHTS[k] * part for k, part in parts.items())
             loss.backward()
-        gradient = common.guarded_step(optimizer, params, 1.0, 0, bad_step)
+        gradient = guard.step(loss.detach()[None], 0)
         if disc is not None:
             with common.autocast(m.device, m.precision):
-                train_vae.hinge_loss(critic(x), critic(y.detach())).backward()
-            common.guarded_step(critic_optimizer, list(disc.parameters()), 1.0, 0, bad_step)
+                critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
+                critic_loss.backward()
+            critic_guard.step(critic_loss.detach()[None], 0)
         common.ema_update(ema, net, 0.999)
         return loss.detach(), gradient
     return step, batch
