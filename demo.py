@@ -33,9 +33,9 @@ SIZE, GRID = 32, 8                                          # pictures of 32 x 3
 VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1 --recon l1 --lpips 0 --gan 0
     --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 8 --steps 600 --lr 2e-3 --lr-schedule cosine
     --warmup 50 --ema 0.98 --stats-images 2000 --val-images 400 --sample-every 600 --workers 1"""
-SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 64 --steps 1200 --lr 2e-3
-    --lr-schedule cosine --warmup 50 --ema 0.99 --sample-every 1200 --workers 1"""
-SAMPLE_FLAGS = "--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 2.5 --interval 0 1"
+SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 32 --steps 2400 --lr 1.5e-3
+    --lr-schedule cosine --warmup 50 --ema 0.995 --sample-every 2400 --workers 1"""
+SAMPLE_FLAGS = "--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 4 --interval 0 1"
 
 
 def parse_arguments():
