@@ -1,4 +1,5 @@
 """tools/bench.py compares equal work: the baseline and compiled steps give our losses and gradients. Its counts are right."""
+import shutil
 import types
 
 import pytest
@@ -46,6 +47,7 @@ def test_the_baseline_is_another_code_and_goes_away():
     assert (models.attention, train_sit.repa_loss) == fast
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("kind", ["sit", "vae"])
 def test_compiled_steps_are_eager_steps(kind, no_weight_files):
     """torch.compile of every network of a step, on a CPU."""
