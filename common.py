@@ -206,9 +206,9 @@ class Guard:
         self.optimizer.found_inf = 1 - finite.float()       # read by the fused kernels, as torch.amp.GradScaler sets it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for now, good in zip(self.statistics, self.good):
-            good.copy_(torch.where(finite.bool(), now, good))
-            now.copy_(good)
+        for statistic, good in zip(self.statistics, self.good):
+            good.copy_(torch.where(finite.bool(), statistic, good))
+            statistic.copy_(good)
         row, most, count, last = self.bad.unbind()
         row = (row + 1) * (1 - finite)
         self.bad = torch.stack([row, torch.maximum(most, row), count + 1 - finite, torch.where(finite.bool(), last, step)])
@@ -879,7 +879,7 @@ class RunLog:
                 with open(path) as file:
                     for line in file:                       # the last one may be cut off
                         with contextlib.suppress(ValueError, KeyError, TypeError):
-                            lines += [line] * (json.loads(line)["step"] <= start)
+                            lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= start)
             with writing(path) as file:
                 file.write("".join(lines).encode())
             self.file = open(path, "a")

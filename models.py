@@ -478,10 +478,9 @@ class VFM(nn.Module):
         try:
             self.model = timm.create_model(name, pretrained=True, **size, **source)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             if weights:
-                raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {reason}") from None
-            raise UserError(f"cannot get {name}'s weights from the hub ({reason}); "
+                raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {first_line(error)}") from None
+            raise UserError(f"cannot get {name}'s weights from the hub ({first_line(error)}); "
                             "give a local file with --vfm-weights") from None
         self.eval().requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.model)

@@ -107,7 +107,6 @@ def cache_latents(vae, data, flip, args, device, precision):
     common.lock(folder, wait=True)
     try:
         if common.rank() == 0 and not os.path.exists(record):
-            os.makedirs(folder, exist_ok=True)
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
             if free < np.prod(shape) * 2:
                 raise UserError(f"the latent cache needs {np.prod(shape) * 2 / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
