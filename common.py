@@ -759,17 +759,19 @@ class Saver:
         self.folder, self.keep_every, self.thread, self.error = folder, keep_every, None, None
 
     def save(self, step, weights, state):
-        """weights: {file name: (kind, state dict, config, info)} for save_weights; state: for save_checkpoint."""
+        """state: for save_checkpoint; weights: {file name: (kind, key, prefix, config, info)} for save_weights, of what stands
+        under state[key] with this prefix to its names, so that it is copied once."""
         if rank() == 0:
             self.wait()
-            self.thread = threading.Thread(target=self.write, args=(step, to_host(weights), to_host(state)))
+            self.thread = threading.Thread(target=self.write, args=(step, weights, to_host(state)))
             self.thread.start()
 
     def write(self, step, weights, state):
         self.error = None
         try:
-            for name, parts in weights.items():
-                save_weights(os.path.join(self.folder, name), *parts)
+            for name, (kind, key, prefix, config, info) in weights.items():
+                part = {k.removeprefix(prefix): v for k, v in state[key].items() if k.startswith(prefix)}
+                save_weights(os.path.join(self.folder, name), kind, part, config, dict(info, **provenance()))
             save_checkpoint(self.folder, step, state, self.keep_every)
         except (OSError, RuntimeError) as error:            # torch.save turns some failed writes into RuntimeError
             last = (list_checkpoints(self.folder) or ["none"])[-1]

@@ -277,9 +277,9 @@ def main():
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
-                        vae_hash=vae.info["hash"], vae_path=args.vae, **common.provenance())
-            saver.save(step, {f"{name}.safetensors": ("sit", module.state_dict(), net.config, info)
-                              for name, module in (("sit", ema), ("sit_raw", net))},
+                        vae_hash=vae.info["hash"], vae_path=args.vae)
+            saver.save(step, {f"{name}.safetensors": ("sit", key, "", net.config, info)
+                              for name, key in (("sit", "ema"), ("sit_raw", "net"))},
                        dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(),
                             ema=ema.state_dict(), optimizer=optimizer.state_dict(), running=running, bad=guard.bad))
         if step == total or stop:

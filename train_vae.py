@@ -375,9 +375,8 @@ def main():
             log.note(step, {f"r{k}": v for k, v in measure(reconstructed(), held_out.count).items() if k == "fid"})
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
-                        stats_images=stats_images, **common.provenance())
-            weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, stats_images=stats_images)
+            weights = {"vae.safetensors": ("vae", "ema", "vae.", vae.config, info)} if due else {}
             saver.save(step, weights, dict(
                 step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
                 optimizer=optimizer.state_dict(), bad=guard.bad, disc=disc and disc.state_dict(),
