@@ -188,7 +188,7 @@ def main():
 
     names = dict(send="Send-VAE", plain="no alignment")
     call(command("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_send", **teacher),
-         command("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_plain", align=0))
+         command("train_vae.py", VAE_FLAGS, data=train, val=val, out=f"{OUT}/vae_plain", align="none"))
     call(*(command("train_sit.py", SIT_FLAGS, data=train, vae=f"{OUT}/vae_{n}", out=f"{OUT}/sit_{n}") for n in names))
     if not all(os.path.exists(f"{OUT}/samples_{n}.npz") for n in names):
         call(*(command("sample.py", SAMPLE_FLAGS + " --overwrite", sit=f"{OUT}/sit_{n}", out=f"{OUT}/samples_{n}.npz")

@@ -1,6 +1,6 @@
 """Stage 1, Send-VAE: tune a VAE so that a small mapper h can predict a frozen vision model f from its *noised* latents.
 
-    L = align * mean_n(1 - cos(h(z_t)[n], f(x)[n])) + recon + lpips + kl + gan        (paper, eq. 3)
+    L = lambda * mean_n(1 - cos(h(z_t)[n], f(x)[n])) + recon + lpips + kl + gan       (paper, eq. 3)
     z ~ posterior of x, z_t = (1-t) BN(z) + t eps inside the mapper, t ~ U(0,1): 0 is data, 1 is noise.
 
     python train_vae.py --data data/cifar10/train --resolution 32 ...      # small pictures on a CPU: see README.md
@@ -12,9 +12,11 @@ The same command goes on where a run was stopped.
 """
 import argparse
 import copy
+import functools
 import math
 import os
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,7 +52,9 @@ def parse_arguments(argv=None):
     g.add_argument("--init-disc", help="checkpoint whose discriminator to start from")
     g.add_argument("--freeze", action="store_true", help="train the mapper only: what a VAE's latents give as they are")
     g = p.add_argument_group("alignment")
-    g.add_argument("--align", type=float, default=1.0, help="weight lambda; 0: no vision model and no mapper")
+    g.add_argument("--align", choices=["mapper", "vavae", "none"], default="mapper", help="mapper: the paper's; vavae: VA-VAE's "
+                   "linear projection of clean latents, loss with margins; none: no vision model")
+    g.add_argument("--align-weight", type=float, default=1.0, help="lambda")
     g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
     g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
@@ -60,6 +64,8 @@ def parse_arguments(argv=None):
     g.add_argument("--mapper-heads", type=int, help="default: one for every 64 of its width")
     g.add_argument("--mapper-patch", type=int, help="default: 16 / factor, at least 1")
     g.add_argument("--no-noise", dest="noise", action="store_false", help="mapper sees clean latents (ablation)")
+    g.add_argument("--shuffle-targets", action="store_true", help="control: align to the vision features of another picture, "
+                   "the same one in every epoch")
     g = p.add_argument_group("loss weights (0 switches a term off and does not build its network)")
     g.add_argument("--recon", choices=["mse", "l1"], default="mse", help="mean over pixels; paper: mse, REPA-E's code: l1")
     g.add_argument("--lpips", type=float, default=1.0)
@@ -105,6 +111,22 @@ def parse_arguments(argv=None):
 def align_loss(predicted, target):
     """mean over pictures and tokens of 1 - cosine; both (B,N,D). Paper, eq. 2; 0 is perfect, 1 is orthogonal."""
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
+
+
+def vavae_loss(predicted, target, cos_margin=0.5, matrix_margin=0.25):
+    """VA-VAE's (Yao, Yang, Wang 2025, eqs. 3 to 5) of projected latents and vision tokens, both (B,N,D): cosines of tokens,
+    and of each picture's pairs of tokens, each with its margin. Theirs scales the sum by gradient norms; --align-weight is
+    fixed."""
+    predicted, target = F.normalize(predicted.float(), dim=-1), F.normalize(target.float(), dim=-1)
+    cosine = F.relu(1 - cos_margin - (predicted * target).sum(-1)).mean()
+    return cosine + F.relu((predicted @ predicted.mT - target @ target.mT).abs() - matrix_margin).mean()
+
+
+class Projection(nn.Conv2d):
+    """VA-VAE's in place of the mapper: latents (B,C,h,w) -> (B,N,D), linear, without noise."""
+
+    def forward(self, z, t=None, noise=None):
+        return super().forward(z).flatten(2).mT
 
 
 def kl_loss(mean, logvar):
@@ -175,7 +197,7 @@ def validate(net, vfm, data, args, device, precision):
                 z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
                 t = uniform(1, "mapper time", position) if args.noise else None
                 tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]) if args.noise else None)
-                sums[1] += align_loss(tokens, vfm(x)) * len(x)
+                sums[1] += align_loss(tokens, vfm(x)) * len(x)         # of either kind of alignment
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
         sums += torch.stack([(10 * torch.log10(255 ** 2 / error)).sum(), sums[1] * 0, error.new_tensor(len(x))])
     if common.world() > 1:
@@ -210,12 +232,18 @@ def draw_pictures(vae, data, step, args, device, precision):
     common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), [common.to_uint8(x), common.to_uint8(y), colours])
 
 
+def other_pictures(data, partner, size, index, flip):
+    """For --shuffle-targets: uint8 (b,3,size,size) of the pictures that stand in for `index`, permuted by `partner` (N,)."""
+    return dict(other=data.stack(partner[index], size))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     args = parse_arguments()
     if args.freeze:
         args.lpips = args.kl = args.gan = 0
+    args.noise = args.noise and args.align == "mapper"
     device = common.setup(args.device, args.timeout)
     precision = common.resolve_precision(args.precision, device)
     micro_batch = common.share_batch(args.batch_size, args.accum)
@@ -239,13 +267,14 @@ def main():
         vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
     vae.set_grad_checkpoint(args.grad_checkpoint)
     vfm = mapper = lpips = disc = None
-    if args.align:
+    if args.align != "none":
         patch = args.mapper_patch or max(1, 16 // vae.factor)
         vfm = VFM(args.vfm, args.vfm_weights, args.resolution, vae.latent_size // patch, args.vfm_stride)
         width = args.mapper_width or vfm.dim
         torch.manual_seed(args.seed + 1)
-        mapper = Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
-                        args.mapper_depth, width, args.mapper_hidden)
+        mapper = (Projection(vae.channels, vfm.dim, patch, patch) if args.align == "vavae" else
+                  Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
+                         args.mapper_depth, width, args.mapper_hidden))
         vfm = vfm.to(device)
     if args.lpips:
         lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
@@ -253,8 +282,8 @@ def main():
         torch.manual_seed(args.seed + 2)
         disc = load_discriminator(args.init_disc).train() if args.init_disc else PatchDiscriminator()
         disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
-    if args.freeze and not args.align:
-        raise UserError("--freeze trains the mapper only, but --align 0 builds none")
+    if args.freeze and mapper is None:
+        raise UserError("--freeze trains the mapper only, but --align none builds none")
     net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
     net.vae.requires_grad_(not args.freeze)
     ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
@@ -280,7 +309,10 @@ def main():
     if state is None and args.resume:
         raise UserError(f"--resume: {args.out} holds no checkpoint")
     if state is not None:
-        common.compare_flags(state["arguments"], args, FREE, args.out)
+        saved = state["arguments"]
+        if not isinstance(saved["align"], str):             # older runs: --align was the weight
+            saved.update(align="mapper" if saved["align"] else "none", align_weight=saved["align"] or args.align_weight)
+        common.compare_flags(saved, args, FREE, args.out)
         start = state["step"]
         if start >= total:
             return say(f"done      {args.out} has its {start} steps already")
@@ -310,7 +342,9 @@ def main():
         forward, judge = (m and DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
                           for m in (forward, critic))
     log = common.RunLog(args.out, args, start, total, steps_per_epoch)
-    dataset = common.Batches(data, args.batch_size, args.seed, args.resolution)
+    partner = np.random.default_rng(args.seed).permutation(len(data))
+    others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
+    dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
     say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
         f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
@@ -388,7 +422,7 @@ def main():
         watch.begin_step()
         batch = next(stream)
         gan = args.gan if step >= args.gan_start else 0.0
-        active = [k for k, on in zip(names, (args.align, not args.freeze, args.lpips, args.kl, gan, gan, True)) if on]
+        active = [k for k, on in zip(names, (mapper, not args.freeze, args.lpips, args.kl, gan, gan, True)) if on]
         losses = torch.zeros(len(names) + 2, device=device)
         fakes = []
         for i in range(args.accum):
@@ -405,8 +439,8 @@ def main():
                 terms = [x.new_zeros(()) for _ in names[:5]]
                 if mapper is not None:
                     with torch.no_grad():
-                        target = vfm(x)                     # (b,N,D)
-                    terms[0] = align_loss(tokens, target)
+                        target = vfm(common.from_uint8(batch["other"][part]) if args.shuffle_targets else x)       # (b,N,D)
+                    terms[0] = (vavae_loss if args.align == "vavae" else align_loss)(tokens, target)
                 if not args.freeze:
                     terms[1] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
                     if lpips is not None:
@@ -417,7 +451,7 @@ def main():
                         terms[4] = -critic(y).mean()
                         disc.requires_grad_(True)
                         fakes.append(y.detach())
-                loss = sum(w * term for w, term in zip((args.align, 1.0, args.lpips, args.kl, gan), terms))
+                loss = sum(w * term for w, term in zip((args.align_weight, 1.0, args.lpips, args.kl, gan), terms))
                 (loss / args.accum).backward()
             losses[:5] += torch.stack([term.detach() for term in terms]) / args.accum
         for group in optimizer.param_groups:

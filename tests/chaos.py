@@ -29,7 +29,7 @@ import common  # noqa: E402
 def commands(base):
     """Program -> its words. Saves, pictures and measurements come often, so that many kills hit one."""
     data, vfm = make_pictures(f"{base}/pictures"), make_vfm_weights(f"{base}/vfm.safetensors")
-    torchrun(1, "train_vae", *VAE, "--data", data, "--align", 0, "--gan", 0, "--steps", 2, "--out", "vae", cwd=base)
+    torchrun(1, "train_vae", *VAE, "--data", data, "--align", "none", "--gan", 0, "--steps", 2, "--out", "vae", cwd=base)
     torchrun(1, "train_sit", *SIT, "--data", data, "--repa", 0, "--vae", f"{base}/vae", "--steps", 2, "--out", "sit",
              cwd=base)
     often = ["--save-every", 3, "--sample-every", 5, "--log-every", 2, "--workers", 1]

@@ -401,7 +401,7 @@ def test_training_measures_with_it(weights, folders, inside):
     import train_vae
     words = ["--fid-every", 1, "--fid-num", 4, "--fid-ref", folders / "b.npz", "--inception-weights", weights, "--data",
              folders / "a", "--steps", 1]
-    script(train_vae, *VAE, *words, "--val", folders / "a", "--align", 0, "--gan", 0, "--out", "runs/v")
+    script(train_vae, *VAE, *words, "--val", folders / "a", "--align", "none", "--gan", 0, "--out", "runs/v")
     script(train_sit, *SIT, *words, "--vae", folders / "vae", "--repa", 0, "--out", "runs/s")
     for name, keys in (("v", {"rfid"}), ("s", {"fid", "sfid", "inception_score"})):
         with open(f"runs/{name}/metrics.jsonl") as file:

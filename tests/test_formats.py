@@ -321,7 +321,7 @@ def test_published_pair_through_the_scripts(tmp_path, monkeypatch, pictures):
     script(sample, "--sit", "SiT.pt", "--vae", "kl-f8.ckpt", "--num", 3, "--steps", 3, "--out", "x.npz", "--precision", "fp32")
     with np.load("x.npz") as file:
         assert file["arr_0"].shape == (3, 64, 64, 3) and '"sit_hash"' in str(file["settings"])
-    script(train_vae, "--init", "kl-f8.ckpt", "--init-disc", "kl-f8.ckpt", "--data", pictures, "--resolution", 32, "--align", 0,
+    script(train_vae, "--init", "kl-f8.ckpt", "--init-disc", "kl-f8.ckpt", "--data", pictures, "--resolution", 32, "--align", "none",
            "--lpips", 0, "--batch-size", 4, "--steps", 1, "--lr", 0, "--workers", 0)
     trained = models.load_vae("runs/vae").state_dict()
     assert all(torch.equal(v, trained[k]) for k, v in vae.state_dict().items() if not k.startswith("latent_"))

@@ -361,3 +361,16 @@ def test_principal_components_are_those_of_sklearn_free_algebra():
     inner = (got > 5) & (got < 250)                                      # not cut off at two standard deviations
     for k in range(3):
         assert abs(np.corrcoef(want[inner[:, k], k], got[inner[:, k], k])[0, 1]) > 0.99
+
+
+def test_vavae_loss_is_its_formula():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 7)), rng.normal(size=(2, 5, 7))
+    b[0, 1] = a[0, 1] + 0.01                                 # one pair within both margins
+    want = 0
+    for x, y in zip(a, b):
+        x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+        want += np.mean([max(0, 1 - 0.5 - x[i] @ y[i]) for i in range(5)]) / 2
+        want += np.mean([max(0, abs(x[i] @ x[j] - y[i] @ y[j]) - 0.25) for i in range(5) for j in range(5)]) / 2
+    got = train_vae.vavae_loss(torch.from_numpy(a), torch.from_numpy(b))
+    assert math.isclose(got.item(), want, rel_tol=1e-5)

@@ -14,7 +14,7 @@ import train_sit
 import train_vae
 from conftest import SIT, VAE, refused, script
 
-FEW = [*VAE, "--align", 0, "--gan", 0, "--steps", 2]
+FEW = [*VAE, "--align", "none", "--gan", 0, "--steps", 2]
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_class_without_any_good_picture_is_an_error(folder, capsys):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_files_that_vanish_while_training(folder, capsys, monkeypatch, workers):
     """Stops the run with its name and keeps the checkpoint; with --skip-bad it goes on, counts, and says each file once."""
-    words = [*VAE, "--align", 0, "--gan", 0, "--data", folder, "--workers", workers]
+    words = [*VAE, "--align", "none", "--gan", 0, "--data", folder, "--workers", workers]
     script(train_vae, *words, "--steps", 1)
     data = common.ImageSet(folder)
     monkeypatch.setattr(common.ImageSet, "read_cache", lambda self: self.__dict__.update(
@@ -184,7 +184,7 @@ def test_odd_names(inside, capsys):
             os.makedirs(b"p/" + side, exist_ok=True)
             with open(b"p/" + side + b"/" + name, "wb") as file:
                 paint(file, k, format="PNG")
-    words = [*VAE, "--align", 0, "--gan", 0, "--data", "p", "--workers", 1]
+    words = [*VAE, "--align", "none", "--gan", 0, "--data", "p", "--workers", 1]
     script(train_vae, *words, "--steps", 1)
     script(train_vae, *words, "--steps", 2)                 # from the kept list
     script(train_sit, *SIT, "--repa", 0, "--data", "p", "--steps", 1)

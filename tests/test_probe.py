@@ -507,7 +507,7 @@ def test_quick_probe(made, monkeypatch):
 def test_probe_during_training_changes_nothing_else(made, monkeypatch):
     """train_vae.py --probe-every: finite F1 in metrics.jsonl at its steps and the last; the weights are those without it."""
     monkeypatch.chdir(made)
-    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "0", "--gan", "0", "--steps", "5",
+    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "none", "--gan", "0", "--steps", "5",
              "--stats-images", "16", "--save-every", "100", "--sample-every", "100"]
     script(train_vae, *words, "--out", "without")
     script(train_vae, *words, "--out", "with", "--probe-every", "2", "--probe-data", "runs/demo/pictures")
@@ -521,5 +521,5 @@ def test_probe_during_training_changes_nothing_else(made, monkeypatch):
 
 def test_probe_during_training_needs_its_data(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
-    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "0", "--gan", "0", "--steps", "1"]
+    words = [*VAE, "--device", "cpu", "--data", "runs/demo/pictures/train", "--align", "none", "--gan", "0", "--steps", "1"]
     assert "--probe-every needs --probe-data" in refused(capsys, train_vae, *words, "--out", "needs", "--probe-every", "1")

@@ -51,7 +51,7 @@ def test_two_processes_give_the_losses_and_pictures_of_one(pictures, vfm_weights
         words = [*VAE, "--data", pictures, "--vfm-weights", vfm_weights, *small]
         torchrun(n, "train_vae", *words, "--steps", 20, "--gan", 0, "--out", f"vae{n}", cwd=tmp_path)
         torchrun(n, "train_vae", *words, "--steps", 2, "--out", f"gan{n}", cwd=tmp_path)
-        torchrun(n, "tests/in_float64", *words, "--align", 0, "--steps", 20, "--out", f"double{n}", cwd=tmp_path)
+        torchrun(n, "tests/in_float64", *words, "--align", "none", "--steps", 20, "--out", f"double{n}", cwd=tmp_path)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         torchrun(n, "train_sit", *SIT, "--data", pictures, "--vfm-weights", vfm_weights, "--steps", 20, *small,
                  "--out", f"sit{n}", "--vae", "vae1", "--cache", "cache", cwd=tmp_path)
@@ -100,7 +100,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(pictures, vfm_weights, inside):
 
 def test_a_cosine_schedule_resumes_too(pictures, inside):
     """What the optimiser keeps must be loadable without unpickling code, the learning rate included."""
-    for module, words, load in ((train_vae, [*VAE, "--align", 0, "--gan", 0], models.load_vae),
+    for module, words, load in ((train_vae, [*VAE, "--align", "none", "--gan", 0], models.load_vae),
                                 (train_sit, [*SIT, "--repa", 0, "--vae", "runs/vae"], models.load_sit)):
         words = [*words, "--data", pictures, "--lr-schedule", "cosine", "--steps", 4, "--save-every", 2]
         script(module, *words)
@@ -240,13 +240,13 @@ def test_bad_picture_is_named(kind, inside, pictures, capsys):
         Image.fromarray(np.random.rand(40, 40).astype(np.float32)).save(path)
     else:
         open(path, "wb").write({"zero": b"", "truncated": whole[:len(whole) // 2], "text": b"hello"}[kind])
-    assert path.replace("/", os.sep) in refused(capsys, train_vae, *VAE, "--data", "p", "--align", 0, "--gan", 0)
+    assert path.replace("/", os.sep) in refused(capsys, train_vae, *VAE, "--data", "p", "--align", "none", "--gan", 0)
 
 
 def test_picture_damaged_in_the_middle_stops_the_run_and_keeps_checkpoints(inside, pictures, capsys):
     """Its head and tail are whole, so only training finds it; workers must hand the sentence on."""
     shutil.copytree(pictures, "p")
-    words = [*VAE, "--data", "p", "--align", 0, "--gan", 0, "--workers", 1]
+    words = [*VAE, "--data", "p", "--align", "none", "--gan", 0, "--workers", 1]
     script(train_vae, *words, "--steps", 2)
     data = bytearray(open("p/b/03.png", "rb").read())
     data[100:-20] = b"\xff" * (len(data) - 120)
@@ -264,7 +264,7 @@ def test_sizes_and_batches(inside, pictures, capsys, vfm_weights):
 
 
 def test_small_pictures_are_allowed_and_said(inside, pictures, capsys):
-    script(train_vae, *VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 1, "--resolution", 64)
+    script(train_vae, *VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 1, "--resolution", 64)
     assert capsys.readouterr().out.count("smaller than 64") == 1
 
 
@@ -286,7 +286,7 @@ def test_wrong_checkpoints(inside, trained, pictures, capsys):
     assert "is a sit checkpoint" in refused(capsys, train_sit, *words, "--vae", sit)
     open("cut.safetensors", "wb").write(open(sit, "rb").read()[:-100])
     assert "cut.safetensors cannot be read" in refused(capsys, train_sit, *words, "--vae", "cut.safetensors")
-    script(train_vae, *VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 1, "--seed", 5)
+    script(train_vae, *VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 1, "--seed", 5)
     message = refused(capsys, sample, "--sit", sit, "--vae", "runs/vae")
     assert models.load_vae("runs/vae").info["hash"] in message and models.load_sit(sit).info["vae_hash"] in message
 
@@ -301,7 +301,7 @@ def test_sample_arguments(trained, capsys, monkeypatch):
 
 
 def test_flags_that_contradict_the_checkpoint(inside, pictures, capsys):
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0]
     script(train_vae, *words, "--steps", 1)
     message = refused(capsys, train_vae, *words, "--steps", 2, "--kl", 0.5)
     assert "--kl was 1e-06 and is now 0.5" in message
@@ -311,7 +311,7 @@ def test_flags_that_contradict_the_checkpoint(inside, pictures, capsys):
 
 
 def test_damaged_checkpoint_is_passed_by(inside, pictures, capsys):
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--save-every", 1]
     script(train_vae, *words, "--steps", 2)
     old, new = common.list_checkpoints("runs/vae")
     open(new, "r+b").truncate(os.path.getsize(new) // 2)
@@ -322,7 +322,7 @@ def test_damaged_checkpoint_is_passed_by(inside, pictures, capsys):
 
 def test_full_disk_keeps_the_last_good_checkpoint(inside, pictures, capsys):
     """A limit on file size stands for the full disk: both fail a write that has begun."""
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps"]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps"]
     script(train_vae, *words, 1)
     good = {p: open(p, "rb").read() for p in [*common.list_checkpoints("runs/vae"), "runs/vae/vae.safetensors"]}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -339,7 +339,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(inside, pictures, capsys):
 
 
 def test_nan_stops_the_run_and_is_never_saved(inside, pictures, capsys):
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--save-every", 1]
     script(train_vae, *words, "--steps", 1)
     saved = open("runs/vae/vae.safetensors", "rb").read()
     state = common.load_checkpoint("runs/vae", "cpu")
@@ -354,7 +354,7 @@ def test_nan_stops_the_run_and_is_never_saved(inside, pictures, capsys):
 
 @pytest.mark.parametrize("processes,number", [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_scheduler_s_signal_saves_and_the_next_start_goes_on(pictures, tmp_path, processes, number):
-    words = [*VAE, "--data", pictures, "--align", 0, "--steps", 40, "--save-every", 1000, "--sample-every", 1000, "--workers", 1]
+    words = [*VAE, "--data", pictures, "--align", "none", "--steps", 40, "--save-every", 1000, "--sample-every", 1000, "--workers", 1]
     run = start(processes, "train_vae", *words, cwd=tmp_path)
     log = tmp_path / "runs/vae/metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
@@ -387,7 +387,7 @@ def test_a_run_may_go_on_with_another_number_of_processes(pictures, vfm_weights,
 
 
 def test_a_batch_the_processes_do_not_divide_is_refused(pictures, tmp_path):
-    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", 0, "--batch-size", 7, cwd=tmp_path)
+    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", "none", "--batch-size", 7, cwd=tmp_path)
     assert run.wait(120) != 0
     text = (tmp_path / "output.txt").read_text()
     assert "error: --batch-size 7 is not divisible by 2 processes x --accum 1" in text
@@ -395,7 +395,7 @@ def test_a_batch_the_processes_do_not_divide_is_refused(pictures, tmp_path):
 
 def test_a_process_that_hangs_ends_the_run_and_is_named(pictures, tmp_path):
     """One of two processes is stopped in the middle of the run, as by a driver that hangs."""
-    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", 0, "--steps", 10000, cwd=tmp_path, timeout=5)
+    run = start(2, "train_vae", *VAE, "--data", pictures, "--align", "none", "--steps", 10000, cwd=tmp_path, timeout=5)
     log = tmp_path / "runs/vae/metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
     [hung] = [pid for pid, environment in processes_in(tmp_path).items() if environment.get("LOCAL_RANK") == "1"]
@@ -410,7 +410,7 @@ def test_a_process_that_hangs_ends_the_run_and_is_named(pictures, tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(pictures, tmp_path):
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--steps", 100000, "--workers", 1]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 100000, "--workers", 1]
     first = start(1, "train_vae", *words, cwd=tmp_path)
     try:
         log = tmp_path / "runs/vae/metrics.jsonl"
@@ -429,7 +429,7 @@ def test_two_runs_in_one_folder_are_refused(pictures, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(inside, pictures, capsys):
     """One flipped bit anywhere in the tensors is enough to be found."""
-    words = [*VAE, "--data", pictures, "--align", 0, "--gan", 0, "--save-every", 1, "--steps"]
+    words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--save-every", 1, "--steps"]
     script(train_vae, *words, 3, "--keep-every", 1)
     whole = common.load_checkpoint("runs/vae", "cpu")
     paths = common.list_checkpoints("runs/vae")
@@ -441,3 +441,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(inside, pictur
     out = capsys.readouterr().out
     assert f"{paths[-1]} is damaged" in out and "at step 2" in out
     assert all(same_state(whole[k], v) for k, v in common.load_checkpoint("runs/vae", "cpu").items() if k != "arguments")
+
+
+def test_other_alignments_and_runs_from_when_align_was_a_weight(inside, pictures, vfm_weights):
+    words = [*VAE, "--data", pictures, "--gan", 0, "--vfm-weights", vfm_weights]
+    script(train_vae, *words, "--align", "vavae", "--shuffle-targets", "--steps", 2)
+    shuffled = losses("runs/vae", ["align", "recon"])
+    script(train_vae, *words, "--align", "vavae", "--steps", 2, "--overwrite")
+    assert np.array_equal(losses("runs/vae", ["align", "recon"])[0, 1], shuffled[0, 1])        # the same picture in
+    assert losses("runs/vae", ["align", "recon"])[0, 0] != shuffled[0, 0]                      # another one's features out
+
+    script(train_vae, *words, "--align-weight", 0.5, "--steps", 1, "--overwrite")
+    path = common.list_checkpoints("runs/vae")[0]
+    state = torch.load(path, weights_only=True)
+    state["arguments"]["align"] = state["arguments"].pop("align_weight")
+    torch.save(state, path)
+    script(train_vae, *words, "--align-weight", 0.5, "--steps", 2)
+    assert losses("runs/vae", ["step"])[-1] == 2
