@@ -591,7 +591,7 @@ def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
 
 def read_gfid(path, vaes):
     """csv of <VAE>,<FID> -> FIDs in the order of `vaes`, named as in the command or by the last part of it."""
-    table, last = {}, [os.path.basename(v.rstrip("/")) for v in vaes]
+    table = {}
     for number, line in read_lines(path):
         name, _, value = (w.strip() for w in line.partition(","))
         try:
@@ -599,11 +599,12 @@ def read_gfid(path, vaes):
         except ValueError:
             if number > 1:                                  # the first may be a header
                 raise UserError(f"{path}, line {number}: '{line}' is not <VAE>,<FID>") from None
-    lack = [v for v, short in zip(vaes, last) if v not in table and short not in table]
+    fids = [table.get(v, table.get(os.path.basename(v.rstrip("/")))) for v in vaes]
+    lack = [v for v, value in zip(vaes, fids) if value is None]
     if lack or len(vaes) < 3:
         raise UserError(f"--gfid {path}: a correlation needs three VAEs or more, and the FID of each"
                         + (f"; {', '.join(lack)} has none" if lack else ""))
-    return [table.get(v, table.get(short)) for v, short in zip(vaes, last)]
+    return fids
 
 
 def correlate(x, y, seed, count=2000):
@@ -624,14 +625,13 @@ def draw_scatter(path, panels, labels):
     for i, (title, x, y) in enumerate(panels):
         left, right, top, bottom = 60, 380, 320 * i + 50, 320 * i + 280
         pen.rectangle((left, top, right, bottom), outline="grey")
-        pen.text((left, top - 42), title, "black")
-        pen.text((8, (top + bottom) / 2), "FID", "black")
-        for at, value in (((left, bottom + 6), min(x)), ((right - 40, bottom + 6), max(x)), ((8, top), max(y)),
-                          ((8, bottom - 12), min(y))):
-            pen.text(at, f"{value:.4g}", "black")
+        for at, text in (((left, top - 42), title), ((8, (top + bottom) / 2), "FID"),
+                         ((left, bottom + 6), f"{min(x):.4g}"), ((right - 40, bottom + 6), f"{max(x):.4g}"),
+                         ((8, top), f"{max(y):.4g}"), ((8, bottom - 12), f"{min(y):.4g}")):
+            pen.text(at, text, "black")
         for u, v, label in zip(x, y, labels):
-            px = left + 12 + 296 * (u - min(x)) / (np.ptp(x) or 1)
-            py = bottom - 12 - 206 * (v - min(y)) / (np.ptp(y) or 1)
+            px = np.interp(u, [min(x), max(x)], [left + 12, right - 12])
+            py = np.interp(v, [min(y), max(y)], [bottom - 12, top + 12])
             pen.ellipse((px - 4, py - 4, px + 4, py + 4), "navy")
             pen.text((min(px + 6, right - 6 * len(label)), max(py - 14, top)), label, "black")
     with common.writing(path) as file:
