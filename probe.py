@@ -257,9 +257,19 @@ def read_benchmarks(args):
 # Features: computed once, fp16, memory-mapped
 
 @torch.no_grad()
-def features(bench, encode, dims, size, key, args, device):
-    """encode(pictures (b,3,size,size) in [-1,1]) -> (b,dims) of every picture -> fp16 memory map (N,dims). The folder's
-    name holds `key` and the pictures' fingerprint; blocks that are there are not computed again."""
+def features(bench, vae, side, args, device):
+    """The VAE's latents of every picture or, given a side, the pictures themselves shrunk to it -> fp16 memory map (N,D).
+    The folder's name says of what they are; blocks that are there are not computed again."""
+    size = vae.resolution
+    dims, key = vae.channels * vae.latent_size ** 2, f"{vae.info['hash'][:12]}-{size}"
+    if side:
+        dims, key = 3 * side ** 2, f"pixels{side}-{size}"
+
+    def encode(x):                                          # (b,3,size,size) in [-1,1] -> (b,dims)
+        if side:
+            return F.interpolate(x, (side, side), mode="bilinear", antialias=True).flatten(1)
+        return vae.normalize(vae.encode(x)[0]).flatten(1)
+
     folder = os.path.join(args.cache, f"probe-{key}-{bench.fingerprint[:12]}")
     array, done, todo = common.resumable_array(folder, "features.npy", np.float16, (len(bench.names), dims), 64)
     todo = todo[common.rank()::common.world()]
@@ -275,22 +285,6 @@ def features(bench, encode, dims, size, key, args, device):
         common.mark_done(array, done, k)
     common.barrier()
     return np.load(os.path.join(folder, "features.npy"), mmap_mode="r")
-
-
-def vae_features(bench, vae, args, device):
-    def encode(x):
-        return vae.normalize(vae.encode(x)[0]).flatten(1)
-    key = f"{vae.info['hash'][:12]}-{vae.resolution}"
-    return features(bench, encode, vae.channels * vae.latent_size ** 2, vae.resolution, key, args, device)
-
-
-def pixel_features(bench, dims, size, args, device):
-    """The picture itself, shrunk to the largest square of at most `dims` numbers."""
-    side = min(size, int((dims / 3) ** 0.5))
-
-    def encode(x):
-        return F.interpolate(x, (side, side), mode="bilinear", antialias=True).flatten(1)
-    return features(bench, encode, 3 * side ** 2, size, f"pixels{side}-{size}", args, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -694,9 +688,10 @@ def main():
         info[path] = dict(vae.config, hash=vae.info["hash"], dims=dims, channels=vae.channels, step=vae.info["step"])
         say(f"VAE       {path}, {dims} dimensions at {size} pixels, hash {vae.info['hash']}")
         for bench in benches:
-            jobs[bench, path] = vae_features(bench, vae, args, device), size
-            if probed:
-                jobs[bench, f"{dims} pixels"] = pixel_features(bench, dims, size, args, device), None
+            jobs[bench, path] = features(bench, vae, None, args, device), size
+            if probed:                                      # the largest square of at most as many numbers
+                side = max(1, min(size, int((dims / 3) ** 0.5)))
+                jobs[bench, f"{dims} pixels"] = features(bench, vae, side, args, device), None
                 jobs[bench, "majority"] = np.zeros((len(bench.names), 1), np.float32), None      # only biases can learn
     first = common.rank() == 0
     if dist.is_initialized():
@@ -723,9 +718,8 @@ def main():
             words = ", ".join(f"{k} {v:.3f} [{low:.3f},{high:.3f}]" for k, (v, low, high) in found.items())
             say(f"FID and {bench}, {name}: {words}")
             panels.append((f"{bench}, {name}\n{words}", x, fids))
-    if panels:
-        labels = [os.path.basename(path.rstrip("/")) for path in paths]
-        draw_scatter(os.path.join(args.out, "correlation.png"), panels, labels)
+    if fids:
+        draw_scatter(os.path.join(args.out, "correlation.png"), panels, [os.path.basename(p.rstrip("/")) for p in paths])
     about = {b.name: dict(folder=b.folder, fingerprint=b.fingerprint, pictures=[p.stop - p.start for p in b.parts],
                           skipped=b.skipped, attributes=len(b.attributes)) for b in benches}
     common.write_json(os.path.join(args.out, "result.json"), dict(
