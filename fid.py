@@ -32,6 +32,7 @@ from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_w
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_HASH = WEIGHTS[-12:-4]                              # the start of its sha256
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+STATISTICS = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023))      # shapes, of Inception
 FORM = ("a set is a folder of pictures, or an .npz with arr_0, uint8 of shape (N,H,W,3), as sample.py writes it; a "
         "reference may have Inception's mu and sigma instead")
 
@@ -198,9 +199,8 @@ def precision_recall(ref, samples, k=3, block=512):
     def radii(x):                                           # k + 1, as a picture itself is its nearest
         return torch.cat([distances(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
     ref, samples = torch.as_tensor(ref), torch.as_tensor(samples)
-    ref_radii, sample_radii = radii(ref), radii(samples)
-    precise, recalled = torch.zeros_like(sample_radii, dtype=torch.bool), []
-    for rows, reach in zip(ref.split(block), ref_radii.split(block)):
+    sample_radii, precise, recalled = radii(samples), False, []
+    for rows, reach in zip(ref.split(block), radii(ref).split(block)):
         d = distances(rows, samples)
         precise |= (d <= reach[:, None]).any(0)
         recalled.append((d <= sample_radii).any(1))
@@ -239,17 +239,18 @@ def file_hash(path):
 
 
 class ArraySet:
-    """An .npz under ImageSet's names. Its pictures are read when asked for, in order; `small` are its other arrays."""
+    """An .npz under ImageSet's names, with `statistics` and `settings`. Its pictures are read when asked for, in order."""
 
     def __init__(self, path):
-        self.shape, small = (0, 0, 0, 3), ("mu", "sigma", "mu_s", "sigma_s", "labels", "settings")
+        self.shape = (0, 0, 0, 3)
         try:
             file = self.file = common.open_npz(path)        # stays open for the pictures
-            if any(file.zip.getinfo(f"{name}.npy").file_size > 2 ** 28 for name in file.files if name in small):
+            names = [name for name in (*STATISTICS, "labels", "settings") if name in file]
+            if any(file.zip.getinfo(f"{name}.npy").file_size > 2 ** 28 for name in names):
                 raise ValueError("statistics or labels of more than 256 MiB")
-            self.small = {name: file[name] for name in file.files if name in small}
-            self.statistics = {k: torch.from_numpy(v.astype(np.float64)) for k, v in self.small.items() if k[:2] in ("mu", "si")}
-            self.settings = json.loads(str(self.small.get("settings", "null")))         # of sample.py
+            self.statistics = {k: torch.from_numpy(file[k].astype(np.float64)) for k in STATISTICS if k in names}
+            self.settings = json.loads(str(file["settings"])) if "settings" in names else None      # of sample.py
+            self.labels = file["labels"] if "labels" in names else None
             if "arr_0" in file:
                 self.rows = file.zip.open("arr_0.npy")
                 np.lib.format.read_magic(self.rows)
@@ -261,11 +262,10 @@ class ArraySet:
             images = len(self.shape) == 4 and self.shape[3] == 3 and 0 not in self.shape[1:3]
             if dtype != np.uint8 or not images or fortran:
                 raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}")
-            if "labels" in file and self.small["labels"].shape != self.shape[:1]:
-                raise UserError(f"{path}: labels has shape {self.small['labels'].shape}, but arr_0 holds {self.shape[0]} "
-                                "pictures; give one label each, or leave labels out")
-        self.names, self.smallest = range(self.shape[0]), min(self.shape[1:3])
-        self.labels, self.fingerprint = self.small.get("labels"), file_hash(path)
+            if self.labels is not None and self.labels.shape != self.shape[:1]:
+                raise UserError(f"{path}: labels has shape {self.labels.shape}, but arr_0 holds {self.shape[0]} pictures; "
+                                "give one label each, or leave labels out")
+        self.names, self.smallest, self.fingerprint = range(self.shape[0]), min(self.shape[1:3]), file_hash(path)
 
     def load(self, i, size):
         length = int(np.prod(self.shape[1:]))
@@ -350,16 +350,15 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     device, held = next(net.parameters()).device, {}
     if not os.path.isdir(path):
         file = ArraySet(path)
-        if isinstance(net, Inception) and {"mu", "sigma"} <= set(file.small):
+        if isinstance(net, Inception) and {"mu", "sigma"} <= set(file.statistics):
             held = file.statistics
-        wrong = [k for k, v in held.items()
-                 if v.shape != (2023 if k.endswith("_s") else 2048,) * (2 if k[0] == "s" else 1) or not v.isfinite().all()]
+        wrong = [k for k, v in held.items() if v.shape != STATISTICS[k] or not v.isfinite().all()]
         if wrong:
             raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
         if held and not (keep and file.names):
             return held, dict(path=path, hash=file.fingerprint, statistics="of the file")
     pictures = Pictures(path, num, size, batch_size)
-    files = [os.path.join(pictures.set.root_bytes, name) for name in pictures.set.names] if pictures.folder else []
+    files = map(pictures.set.path, pictures.chosen) if pictures.folder else ()
     times = [os.stat(file).st_mtime_ns for file in files]               # the hash would miss a file written over
     known = json.dumps([pictures.record, times, keep, net.about])
     cache = os.path.join("runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt")
@@ -377,12 +376,12 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
 
 def compare(net, got, ref):
     """Two results of `collect` -> dict of measures, on the first process."""
-    values, main = {}, "fid" if isinstance(net, Inception) else f"fd-{net.about['name']}"
     if common.rank():
-        return values
-    for name, keys in ((main, ("mu", "sigma")), ("sfid", ("mu_s", "sigma_s"))):
-        if all(key in x for key in keys for x in (got, ref)):
-            values[name] = frechet_distance(*(x[key].cpu() for x in (got, ref) for key in keys))
+        return {}
+    main = "fid" if isinstance(net, Inception) else f"fd-{net.about['name']}"
+    values = {main: frechet_distance(*(x[key].cpu() for x in (got, ref) for key in ("mu", "sigma")))}
+    if all({"mu_s", "sigma_s"} <= set(x) for x in (got, ref)):
+        values["sfid"] = frechet_distance(*(x[key].cpu() for x in (got, ref) for key in ("mu_s", "sigma_s")))
     if main == "fid":
         values["inception_score"] = inception_score(None, sums=got["splits"])
     a, b = ref.get("features", ()), got["features"]
@@ -447,10 +446,10 @@ def main():
             say(f"{k + mark * (k not in ('psnr', 'ssim', 'lpips')):36} {v:12.4f}")
         out = args.out or f"{base}.{next(iter(values)).replace('/', '-')}.json"
         versions = {k: importlib.metadata.version(k) for k in ("torch", "torchvision", "timm", "numpy", "pillow")}
+        record = dict(values, samples=pictures.record, reference=about, network=net.about, vae=args.vae and vae.info,
+                      arguments=vars(args), provenance=common.provenance(), versions=versions)
         try:
-            common.write_json(out, dict(
-                values, samples=pictures.record, reference=about, network=net.about, vae=args.vae and vae.info,
-                arguments=vars(args), provenance=common.provenance(), versions=versions))
+            common.write_json(out, record)
         except OSError as error:
             raise UserError(f"the numbers above cannot be kept in {out} ({first_line(error)}); name another file with "
                             "--out") from None

@@ -17,6 +17,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import os
 import re
 
@@ -25,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy.stats import gaussian_kde, rankdata
+from scipy.special import logsumexp
+from scipy.stats import gaussian_kde, multivariate_normal, rankdata
 from tqdm import tqdm
 
 import common
@@ -73,14 +75,13 @@ class Benchmark:
         if len(missing) and not args.skip_missing:
             raise UserError(f"{len(missing)} annotated pictures are not in {folder}, the first is {names[missing[0]]}; "
                             "complete the data set, or leave them out with --skip-missing")
-        split[missing] = 3
-        keep = [np.flatnonzero(split == k) for k in range(3)]
-        if min(map(len, keep)) == 0:
+        keep = [np.flatnonzero((split == k) & (size >= 0)) for k in range(3)]
+        if not all(map(len, keep)):
             counts = ", ".join(str(len(k)) for k in keep)
             raise UserError(f"{name}: {folder} has {counts} pictures for training, validation and test")
         keep[0] = np.sort(np.random.default_rng(args.seed).permutation(keep[0])[:args.train_images])
-        ends, keep = np.cumsum([0, *map(len, keep)]), np.concatenate(keep)
-        self.parts = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:])]
+        ends = np.cumsum([0, *map(len, keep)]).tolist()
+        self.parts, keep = [slice(*pair) for pair in zip(ends, ends[1:])], np.concatenate(keep)
         self.names, self.targets, self.skipped = [names[i] for i in keep], np.asarray(targets)[keep], len(missing)
         lines = "\n".join(f"{names[i]} {size[i]}" for i in keep)
         self.fingerprint = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
@@ -227,23 +228,25 @@ READERS = {"list_attr_celeba.*": read_celeba, "Anno/list_attr_celeba.*": read_ce
            "predicate-matrix-binary.txt": read_awa2}
 
 
+def read_folder(root, args):
+    """What the tasks need of one folder: its attributes, and classes if they are asked for or it has nothing else."""
+    root = os.path.abspath(root)
+    readers = [r for name, r in READERS.items() if glob.glob(os.path.join(glob.escape(root), name))][:1]
+    readers = [] if args.task == ["classes"] else readers
+    if "classes" in args.task or not readers and "attributes" not in args.task:
+        readers += [read_classes] if args.data or os.path.isdir(os.path.join(root, "train")) else []
+    if args.data and not readers:
+        raise UserError(f"{root} has no annotations in CelebA's, DeepFashion's or AwA2's form ({', '.join(READERS)}); "
+                        "for an image folder give --task classes" if os.path.isdir(root) else f"{root}: no such folder")
+    return [read(root, args) for read in readers]
+
+
 def read_benchmarks(args):
-    """What the tasks need of --data: attributes where a folder has them, else, or if they are asked for, classes."""
-    found = []
-    for root in map(os.path.abspath, args.data or sorted(glob.glob("data/*"))):
-        read = [r for name, r in READERS.items() if glob.glob(os.path.join(glob.escape(root), name))][:1]
-        read = [] if args.task == ["classes"] else read
-        if "classes" in args.task or not read and "attributes" not in args.task:
-            read += [read_classes] if args.data or os.path.isdir(os.path.join(root, "train")) else []
-        if args.data and not read:
-            raise UserError(f"{root} has no annotations in CelebA's, DeepFashion's or AwA2's form ({', '.join(READERS)}); "
-                            "for an image folder give --task classes" if os.path.isdir(root) else f"{root}: no such folder")
-        found += [r(root, args) for r in read]
+    """All of --data, or else of data/, or else the demo's."""
+    found = [bench for root in args.data or sorted(glob.glob("data/*")) for bench in read_folder(root, args)]
+    found = found or read_folder(os.path.join("runs", "demo", "pictures"), args)
     if not found:
-        demo = os.path.join("runs", "demo", "pictures")
-        if not os.path.isdir(demo):
-            raise UserError("no benchmark under data/; name one with --data, or make a small one with `python demo.py`")
-        return read_benchmarks(argparse.Namespace(**{**vars(args), "data": [demo]}))
+        raise UserError("no benchmark under data/; name one with --data, or make a small one with `python demo.py`")
     names = [b.name for b in found]
     for bench in found:                                     # two folders of one name would share a line of the table
         bench.name = bench.name if names.count(bench.name) == 1 else f"{bench.name} {bench.folder}"
@@ -254,9 +257,19 @@ def read_benchmarks(args):
 # Features: computed once, fp16, memory-mapped
 
 @torch.no_grad()
-def features(bench, encode, dims, size, key, args, device):
-    """encode(pictures (b,3,size,size) in [-1,1]) -> (b,dims) of every picture -> fp16 memory map (N,dims). The folder's
-    name holds `key` and the pictures' fingerprint; blocks that are there are not computed again."""
+def features(bench, vae, side, args, device):
+    """The VAE's latents of every picture or, given a side, the pictures themselves shrunk to it -> fp16 memory map (N,D).
+    The folder's name says of what they are; blocks that are there are not computed again."""
+    size = vae.resolution
+    dims, key = vae.channels * vae.latent_size ** 2, f"{vae.info['hash'][:12]}-{size}"
+    if side:
+        dims, key = 3 * side ** 2, f"pixels{side}-{size}"
+
+    def encode(x):                                          # (b,3,size,size) in [-1,1] -> (b,dims)
+        if side:
+            return F.interpolate(x, (side, side), mode="bilinear", antialias=True).flatten(1)
+        return vae.normalize(vae.encode(x)[0]).flatten(1)
+
     folder = os.path.join(args.cache, f"probe-{key}-{bench.fingerprint[:12]}")
     array, done, todo = common.resumable_array(folder, "features.npy", np.float16, (len(bench.names), dims), 64)
     todo = todo[common.rank()::common.world()]
@@ -274,42 +287,30 @@ def features(bench, encode, dims, size, key, args, device):
     return np.load(os.path.join(folder, "features.npy"), mmap_mode="r")
 
 
-def vae_features(bench, vae, args, device):
-    def encode(x):
-        return vae.normalize(vae.encode(x)[0]).flatten(1)
-    key = f"{vae.info['hash'][:12]}-{vae.resolution}"
-    return features(bench, encode, vae.channels * vae.latent_size ** 2, vae.resolution, key, args, device)
-
-
-def pixel_features(bench, dims, size, args, device):
-    """The picture itself, shrunk to the largest square of at most `dims` numbers."""
-    side = min(size, int((dims / 3) ** 0.5))
-
-    def encode(x):
-        return F.interpolate(x, (side, side), mode="bilinear", antialias=True).flatten(1)
-    return features(bench, encode, 3 * side ** 2, size, f"pixels{side}-{size}", args, device)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The probe
 
+def blocks(x, device):
+    """Features (N,D), on disk or not -> (slice, float32 block on the device)."""
+    for i in range(0, len(x), BLOCK):
+        yield slice(i, i + BLOCK), torch.as_tensor(np.array(x[i:i + BLOCK])).to(device).float()
+
+
 class Rows:
-    """Iterates over features (N,D), on disk or not, as (slice, float32 block on the device), standardised."""
+    """Features (N,D), iterated over as `blocks` does, standardised with their own `mean` and `std` (D,)."""
 
     def __init__(self, x, device):
         self.x, self.device, self.kept = x, device, None
-        self.mean, self.std = torch.zeros(x.shape[1], device=device), torch.ones(x.shape[1], device=device)
-        sums = sum(torch.stack([b.double().sum(0), b.double().square().sum(0)]) for _, b in self) / len(x)
+        sums = sum(torch.stack([b.double().sum(0), b.double().square().sum(0)]) for _, b in blocks(x, device)) / len(x)
         self.mean, self.std = sums[0].float(), (sums[1] - sums[0].square()).clamp(min=0).sqrt().float()
         self.std[self.std < 1e-6] = 1                       # a feature that is always the same says nothing
         if x.shape[0] * x.shape[1] < 5e8:
             self.kept = list(self)
 
     def __iter__(self):
-        for i in range(0, len(self.x), BLOCK) if self.kept is None else ():
-            block = torch.as_tensor(np.array(self.x[i:i + BLOCK])).to(self.device).float()
-            yield slice(i, i + BLOCK), block.sub_(self.mean).div_(self.std)
-        yield from self.kept or ()
+        if self.kept is not None:
+            return iter(self.kept)
+        return ((part, block.sub_(self.mean).div_(self.std)) for part, block in blocks(self.x, self.device))
 
     def principal_axes(self):
         """Axes (D,r) and variances (r,): all D of them, or those the rows span, which hold the optimum, if N < D."""
@@ -333,13 +334,7 @@ class Probe:
         self.weight, self.bias, self.strength, self.info = weight, bias, strength, info
 
     def scores(self, x):
-        return torch.cat([score_block(x, i, self.weight, self.bias).cpu() for i in range(0, len(x), BLOCK)]).numpy()
-
-
-def score_block(x, i, weight, bias):
-    """Rows i to i + BLOCK of x (N,D), weight (D,...), bias (...) -> (n,...)"""
-    block = torch.as_tensor(np.array(x[i:i + BLOCK])).to(weight.device).float()
-    return (block @ weight.flatten(1)).view(-1, *bias.shape) + bias
+        return torch.cat([(b @ self.weight + self.bias).cpu() for _, b in blocks(x, self.weight.device)]).numpy()
 
 
 def errors(z, y, count, softmax):
@@ -396,19 +391,16 @@ def descend(rows, axes, variances, y, strengths, softmax, iterations, tolerance)
             d = torch.where(dot(d, g) < 0, d, downhill)
         d = torch.where(done, 0, d)
         before, last, d_before, dz = g, gain, d, logits(d)
-        t = low = torch.zeros_like(gain)
-        high = torch.full_like(gain, torch.inf)
-        for _ in range(3):
+        t = torch.zeros_like(gain)
+        for k in range(3):
             first, second = dot(penalty * (w + t * d), d), dot(penalty * d, d)
             for part in (slice(i, i + BLOCK) for i in range(0, n, BLOCK)):
                 p, error, weight = errors(z[part] + t * dz[part], y[part], count, softmax)
                 mean = (p * dz[part]).sum(-1, keepdim=True) if softmax else p * dz[part]
                 first += dot(error, dz[part])
                 second += dot(p * weight * dz[part], dz[part] - mean)
-            low, high = torch.where(first < 0, t, low), torch.where(first < 0, high, t)
             new = t - first / second.clamp(min=1e-30)
-            beyond = torch.where(high < torch.inf, (low + high) / 2, 2 * t + 1e-3)
-            t = torch.where((new > low) & (new < high), new, beyond)
+            t = new.clamp(t / 4, 4 * t) if k else new       # where the loss bends, Newton's method may go far astray
         w, z = w + t * d, z.addcmul_(t, dz)
 
 
@@ -421,32 +413,28 @@ def fit_linear_probe(train_x, train_y, val_x, val_y, strengths=STRENGTHS, iterat
     softmax = y.ndim == 1
     if softmax:
         classes = int(max(y.max(), val_y.max())) + 1
-        y, val_y = (F.one_hot(v.long(), classes) for v in (y, val_y))
-    y, val_y = y.to(torch.int8), val_y.to(torch.int8)
+        y, val_y = (F.one_hot(v.long(), classes).to(torch.int8) for v in (y, val_y))
     strengths = torch.tensor(sorted(strengths, reverse=True), dtype=torch.float32, device=device)
     (n, d), a, s = train_x.shape, y.shape[1], len(strengths)
     rows = Rows(train_x, device)
     axes, variances = rows.principal_axes()
-    fit = max(1, int(memory / (8 * n + 24 * d)))            # outputs at a time: two logits a row, six vectors each
-    every, levels = torch.arange(a, device=device), torch.arange(s, device=device)
-    if softmax:                                             # it cannot be cut: fewer strengths at a time
-        parts = [(some, every) for some in levels.split(max(1, fit // a))]
-    else:
-        parts = [(levels, columns) for columns in every.split(max(1, fit // s))]
     weight, bias = torch.empty(d, s, a, device=device), torch.empty(s, a, device=device)
     info = dict(rows=n, dims=d, iterations=0, unconverged=0, tolerance=tolerance)
-    for some, columns in parts:
-        w, count, left = descend(rows, axes, variances, y[:, columns], strengths[some], softmax, iterations, tolerance)
+    at_once = max(1, int(memory / (8 * n + 24 * d)))        # outputs: two logits a row, six vectors each
+    levels, columns = (max(1, at_once // a), a) if softmax else (s, max(1, at_once // s))      # a softmax cannot be cut
+    for i, k in itertools.product(range(0, s, levels), range(0, a, columns)):
+        some, these = slice(i, i + levels), slice(k, k + columns)
+        w, count, left = descend(rows, axes, variances, y[:, these], strengths[some], softmax, iterations, tolerance)
         info["iterations"], info["unconverged"] = max(info["iterations"], count), info["unconverged"] + left
-        inner = (axes @ w[:-1].flatten(1)).view(d, *w.shape[1:]) / rows.std.view(-1, 1, 1)
-        weight[:, some[:, None], columns] = inner
-        bias[some[:, None], columns] = w[-1] - torch.tensordot(rows.mean, inner, 1)
+        weight[:, some, these] = (axes @ w[:-1].flatten(1)).view(d, *w.shape[1:]) / rows.std.view(-1, 1, 1)
+        bias[some, these] = w[-1] - torch.tensordot(rows.mean, weight[:, some, these], 1)
     loss = torch.zeros(s, a, device=device)
-    for i in range(0, len(val_x), BLOCK):
-        z, target = score_block(val_x, i, weight, bias), val_y[i:i + BLOCK, None]
+    for part, x in blocks(val_x, device):
+        z, target = (x @ weight.flatten(1)).view(-1, s, a) + bias, val_y[part, None]
         losses = -z.log_softmax(-1) if softmax else F.softplus(z) - z * (target == 1)
         loss += (losses * (target == 1 if softmax else target >= 0)).sum(0)
     best = (loss.sum(1, keepdim=True).expand(s, a) if softmax else loss).argmin(0)         # ties: the strongest
+    every = torch.arange(a, device=device)
     return Probe(weight[:, best, every], bias[best, every], strengths[best].cpu().numpy(), info)
 
 
@@ -471,58 +459,39 @@ def training_probe(folder, size, precision="fp32", train_images=2000, test_image
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measures, for B weightings (B,N) of the test pictures at once: all ones, then the counts of the bootstrap's draws
+# Measures. `weights` are those of the test pictures, (N,), or of B bootstrap draws at once, (B,N); None: all 1
 
-def f1_table(predicted, targets, weights):
-    """bool (N,A), targets (N,A) -> F1 macro and micro (B,), per attribute (B,A). Nothing there and nothing found: 0."""
-    true, known = targets == 1, targets >= 0
-    hits, said, there = ((weights @ m.float()).double() for m in (predicted & true, predicted & known, true))
-    each = 2 * hits / (said + there).clamp(min=1)
-    return each.mean(1), 2 * hits.sum(1) / (said + there).sum(1).clamp(min=1), each
-
-
-def precision_table(scores, targets, weights):
-    """Average precision (B,A): mean over an attribute's positives of the precision among all that score no lower."""
-    table = torch.zeros(len(weights), scores.shape[1], dtype=torch.float64)
-    for a in range(scores.shape[1]):
-        known = (targets[:, a] >= 0).nonzero()[:, 0]
-        score, order = scores[known, a].sort(descending=True, stable=True)
-        w, hit = weights[:, known[order]], targets[known[order], a] == 1
-        end = torch.searchsorted(-score, -score[hit], right=True) - 1                    # of those with equal scores
-        precision = (w * hit).cumsum(1)[:, end].double() / w.cumsum(1)[:, end].clamp(min=1)
-        table[:, a] = (w[:, hit] * precision).sum(1) / w[:, hit].sum(1).clamp(min=1)
-    return table
-
-
-def recall_table(scores, targets, weights, k):
-    """(B,): share of a picture's attributes among its k highest scores, mean over the pictures that have any. Of equal
-    scores the first counts as higher."""
-    true = targets == 1
-    share = true.gather(1, scores.argsort(dim=1, descending=True, stable=True)[:, :k]).sum(1) / true.sum(1).clamp(min=1)
-    weights = (weights * true.any(1)).double()
-    return weights @ share.double() / weights.sum(1).clamp(min=1)
-
-
-def tensors(scores, targets):
-    scores, targets = torch.as_tensor(np.asarray(scores)), torch.as_tensor(np.asarray(targets)).to(torch.int8)
-    return scores, targets, torch.ones(1, len(scores))
-
-
-def f1_scores(scores, targets, threshold=0.0):
+def f1_scores(scores, targets, threshold=0.0, weights=None):
     """Scores (N,A), targets (N,A) of 1, 0, and -1 for unknown -> macro F1, micro F1, F1 of each attribute (A,). It is
-    predicted where the score exceeds the threshold, one or (A,)."""
-    scores, targets, ones = tensors(scores, targets)
-    macro, micro, each = f1_table(scores > torch.as_tensor(threshold), targets, ones)
-    return macro.item(), micro.item(), each[0].numpy()
+    predicted where the score exceeds the threshold, one or (A,). Nothing there and nothing found: 0."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    predicted, true, known = scores > threshold, targets == 1, targets >= 0
+    hits, said, there = ((weights @ mask).astype(np.float64) for mask in (predicted & true, predicted & known, true))
+    each = 2 * hits / np.maximum(said + there, 1)
+    return each.mean(-1), 2 * hits.sum(-1) / np.maximum((said + there).sum(-1), 1), each
 
 
-def average_precision(scores, targets):
-    """-> (A,); 0 for an attribute that is never there."""
-    return precision_table(*tensors(scores, targets))[0].numpy()
+def average_precision(scores, targets, weights=None):
+    """-> (A,): mean over an attribute's positives of the precision among all that score no lower; 0 where it has none."""
+    weights, each = np.ones(len(scores)) if weights is None else weights, []
+    for score, target in zip(scores.T, targets.T):
+        known = np.flatnonzero(target >= 0)
+        order = known[np.argsort(-score[known], kind="stable")]
+        score, hit, w = score[order], target[order] == 1, weights[..., order]
+        end = np.searchsorted(-score, -score[hit], side="right") - 1                     # of those with equal scores
+        precision = (w * hit).cumsum(-1)[..., end] / np.maximum(w.cumsum(-1)[..., end], 1)
+        each.append((w[..., hit] * precision).sum(-1, dtype=np.float64) / np.maximum(w[..., hit].sum(-1), 1))
+    return np.stack(each, -1)
 
 
-def topk_recall(scores, targets, k):
-    return recall_table(*tensors(scores, targets), k).item()
+def topk_recall(scores, targets, k, weights=None):
+    """Share of a picture's attributes among its k highest scores, mean over the pictures that have any. Of equal scores
+    the first counts as higher."""
+    true = targets == 1
+    top = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    share = np.take_along_axis(true, top, 1).sum(1) / np.maximum(true.sum(1), 1)
+    weights = (np.ones(len(scores)) if weights is None else weights) * true.any(1)
+    return weights @ share / np.maximum(weights.sum(-1), 1)
 
 
 def best_thresholds(scores, targets):
@@ -549,19 +518,17 @@ def measure(scores, targets, val_scores, val_targets, args):
     """-> {measure: [value, low, high]} with 95% intervals over the test pictures, {column: (A,)} of each attribute."""
     n, rng = len(scores), np.random.default_rng(args.seed)
     draws = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(args.bootstrap)]
-    weights = torch.from_numpy(np.stack([np.ones(n), *draws])).float()
+    weights = np.stack([np.ones(n), *draws]).astype(np.float32)
     if targets.ndim == 1:
-        right = torch.from_numpy(scores.argmax(1) == targets)
-        values, columns = {"accuracy": weights @ right.float() / n}, {}
+        values, columns = {"accuracy": weights @ (scores.argmax(1) == targets) / n}, {}
     else:
         tuned = best_thresholds(val_scores, val_targets)
-        scores, targets = torch.from_numpy(scores), torch.from_numpy(targets)
-        macro, micro, f1 = f1_table(scores > 0, targets, weights)
-        macro_tuned, micro_tuned, f1_tuned = f1_table(scores > torch.from_numpy(tuned), targets, weights)
-        precision = precision_table(scores, targets, weights)
+        macro, micro, f1 = f1_scores(scores, targets, 0, weights)
+        macro_tuned, micro_tuned, f1_tuned = f1_scores(scores, targets, tuned, weights)
+        precision = average_precision(scores, targets, weights)
         values = {"F1 macro": macro, "F1 micro": micro, "F1 macro, tuned": macro_tuned, "F1 micro, tuned": micro_tuned,
                   "mean AP": precision.mean(1)}
-        values.update({f"top-{k} recall": recall_table(scores, targets, weights, k) for k in (3, 5)})
+        values.update({f"top-{k} recall": topk_recall(scores, targets, k, weights) for k in (3, 5)})
         columns = dict(f1=f1[0], f1_tuned=f1_tuned[0], tuned_threshold=tuned, average_precision=precision[0])
     span = slice(min(1, args.bootstrap), None)
     return {k: [float(v[0]), *np.quantile(v[span], [0.025, 0.975]).tolist()] for k, v in values.items()}, columns
@@ -589,34 +556,28 @@ def uniformity(points):
     return {"Gini of density": gini(kde(points[:, :2].T))}, about
 
 
-def log_joint(x, share, mean, covariance):
-    """log(share_k N(x_n; mean_k, covariance_k)), (n,K)."""
-    root = torch.linalg.cholesky(covariance)
-    y = torch.linalg.solve_triangular(root, (x - mean[:, None]).mT, upper=False)                    # (K,C,n)
-    norm = root.diagonal(dim1=1, dim2=2).log().sum(1) + x.shape[1] / 2 * np.log(2 * np.pi)
-    return (share.log() - norm - y.square().sum(1).T / 2)
-
-
 def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
     """Gaussian mixtures of full covariance, by EM from seeded points of four fifths -> the others' mean log-likelihood
     a dimension, less that of one Gaussian. The more, the less Gaussian the latents are."""
-    points, found = torch.from_numpy(np.random.default_rng(seed).permutation(points)), {}
-    train, test = points[:len(points) * 4 // 5], points[len(points) * 4 // 5:]
-    eye = torch.eye(points.shape[1], dtype=torch.float64)
+    points, found = np.random.default_rng(seed).permutation(points), {}
+    (train, test), dims = np.split(points, [len(points) * 4 // 5]), points.shape[1]
+
+    def log_joint(x):                                       # log(share_k N(x_n; mean_k, covariance_k)), (n,K)
+        return np.stack([np.log(s) + multivariate_normal.logpdf(x, m, c) for s, m, c in model], 1)
+
     for k in (c for c in counts if c * 20 <= len(train)):
-        model, last = (torch.full((k,), 1 / k, dtype=torch.float64), train[:k], eye.repeat(k, 1, 1)), -np.inf
+        model, last = [(1 / k, mean, np.eye(dims)) for mean in train[:k]], -np.inf
         for _ in range(steps):
-            z = log_joint(train, *model)
-            if z.logsumexp(1).mean() - last < 1e-5:
+            joint = log_joint(train)
+            total = logsumexp(joint, 1)
+            if total.mean() - last < 1e-5:
                 break
-            last, p = z.logsumexp(1).mean(), z.softmax(1)                                           # (n,K)
-            weight = p.sum(0) + 1e-9
-            mean = p.T @ train / weight[:, None]
-            second = torch.stack([(train * q[:, None]).T @ train for q in (p / weight).T])
-            model = weight / weight.sum(), mean, second - mean[:, :, None] * mean[:, None] + 1e-3 * eye
-        found[k] = float(log_joint(test, *model).logsumexp(1).mean()) / points.shape[1]
+            weights, last = np.exp(joint.T - total) + 1e-9, total.mean()                            # (K,n)
+            model = [(w.mean(), np.average(train, 0, w), np.cov(train.T, aweights=w, ddof=0) + 1e-3 * np.eye(dims))
+                     for w in weights]
+        found[k] = float(logsumexp(log_joint(test), 1).mean()) / dims
     gains = {f"mixture of {k}": v - found[1] for k, v in found.items() if k > 1}
-    return gains, dict(points=len(train), held_out=len(test), dims=points.shape[1], log_likelihood=found)
+    return gains, dict(points=len(train), held_out=len(test), dims=dims, log_likelihood=found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,7 +585,7 @@ def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
 
 def read_gfid(path, vaes):
     """csv of <VAE>,<FID> -> FIDs in the order of `vaes`, named as in the command or by the last part of it."""
-    table, last = {}, [os.path.basename(v.rstrip("/")) for v in vaes]
+    table = {}
     for number, line in read_lines(path):
         name, _, value = (w.strip() for w in line.partition(","))
         try:
@@ -632,11 +593,12 @@ def read_gfid(path, vaes):
         except ValueError:
             if number > 1:                                  # the first may be a header
                 raise UserError(f"{path}, line {number}: '{line}' is not <VAE>,<FID>") from None
-    lack = [v for v, short in zip(vaes, last) if v not in table and short not in table]
+    fids = [table.get(v, table.get(os.path.basename(v.rstrip("/")))) for v in vaes]
+    lack = [v for v, value in zip(vaes, fids) if value is None]
     if lack or len(vaes) < 3:
         raise UserError(f"--gfid {path}: a correlation needs three VAEs or more, and the FID of each"
                         + (f"; {', '.join(lack)} has none" if lack else ""))
-    return [table.get(v, table.get(short)) for v, short in zip(vaes, last)]
+    return fids
 
 
 def correlate(x, y, seed, count=2000):
@@ -657,14 +619,13 @@ def draw_scatter(path, panels, labels):
     for i, (title, x, y) in enumerate(panels):
         left, right, top, bottom = 60, 380, 320 * i + 50, 320 * i + 280
         pen.rectangle((left, top, right, bottom), outline="grey")
-        pen.text((left, top - 42), title, "black")
-        pen.text((8, (top + bottom) / 2), "FID", "black")
-        for at, value in (((left, bottom + 6), min(x)), ((right - 40, bottom + 6), max(x)), ((8, top), max(y)),
-                          ((8, bottom - 12), min(y))):
-            pen.text(at, f"{value:.4g}", "black")
+        for at, text in (((left, top - 42), title), ((8, (top + bottom) / 2), "FID"),
+                         ((left, bottom + 6), f"{min(x):.4g}"), ((right - 40, bottom + 6), f"{max(x):.4g}"),
+                         ((8, top), f"{max(y):.4g}"), ((8, bottom - 12), f"{min(y):.4g}")):
+            pen.text(at, text, "black")
         for u, v, label in zip(x, y, labels):
-            px = left + 12 + 296 * (u - min(x)) / (np.ptp(x) or 1)
-            py = bottom - 12 - 206 * (v - min(y)) / (np.ptp(y) or 1)
+            px = np.interp(u, [min(x), max(x)], [left + 12, right - 12])
+            py = np.interp(v, [min(y), max(y)], [bottom - 12, top + 12])
             pen.ellipse((px - 4, py - 4, px + 4, py + 4), "navy")
             pen.text((min(px + 6, right - 6 * len(label)), max(py - 14, top)), label, "black")
     with common.writing(path) as file:
@@ -727,9 +688,10 @@ def main():
         info[path] = dict(vae.config, hash=vae.info["hash"], dims=dims, channels=vae.channels, step=vae.info["step"])
         say(f"VAE       {path}, {dims} dimensions at {size} pixels, hash {vae.info['hash']}")
         for bench in benches:
-            jobs[bench, path] = vae_features(bench, vae, args, device), size
-            if probed:
-                jobs[bench, f"{dims} pixels"] = pixel_features(bench, dims, size, args, device), None
+            jobs[bench, path] = features(bench, vae, None, args, device), size
+            if probed:                                      # the largest square of at most as many numbers
+                side = max(1, min(size, int((dims / 3) ** 0.5)))
+                jobs[bench, f"{dims} pixels"] = features(bench, vae, side, args, device), None
                 jobs[bench, "majority"] = np.zeros((len(bench.names), 1), np.float32), None      # only biases can learn
     first = common.rank() == 0
     if dist.is_initialized():
@@ -756,9 +718,8 @@ def main():
             words = ", ".join(f"{k} {v:.3f} [{low:.3f},{high:.3f}]" for k, (v, low, high) in found.items())
             say(f"FID and {bench}, {name}: {words}")
             panels.append((f"{bench}, {name}\n{words}", x, fids))
-    if panels:
-        labels = [os.path.basename(path.rstrip("/")) for path in paths]
-        draw_scatter(os.path.join(args.out, "correlation.png"), panels, labels)
+    if fids:
+        draw_scatter(os.path.join(args.out, "correlation.png"), panels, [os.path.basename(p.rstrip("/")) for p in paths])
     about = {b.name: dict(folder=b.folder, fingerprint=b.fingerprint, pictures=[p.stop - p.start for p in b.parts],
                           skipped=b.skipped, attributes=len(b.attributes)) for b in benches}
     common.write_json(os.path.join(args.out, "result.json"), dict(
