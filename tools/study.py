@@ -6,6 +6,7 @@ what the samples, a linear probe and two judges say. A runner: it calls the stag
     python -m tools.study ... --quick                                                             # question 1 in little time
     python -m tools.study --report                                                                # RESULTS.md from what is there
     python -m tools.study ... --list                                                              # print the commands only
+    python -m tools.study --paper noise          # the paper's own runs, ImageNet 256x256: commands and expected numbers
 
 --data: a folder with train/ and test/ in ImageNet's layout, small pictures. Everything goes to runs/study (--quick:
 runs/study-quick), a log for each job under log/. Kill it at will; the same command goes on.
@@ -72,6 +73,24 @@ SECTIONS = [
     ("Other seeds of the VAE's tuning", ["plain", "plain_s1", "plain_s2", "send", "send_s1", "send_s2"], "one seed",
      [("send_s1", "plain_s1"), ("send_s2", "plain_s2")])]
 
+# The paper's ablations (SPEC: gFID of SiT-B/1 + REPA, 80 epochs, no guidance) and its system: row: (expected, VAE flags or None
+# for the VAE as published, its file, SiT flags). vavae.pt, invae-*.pt and sdvae.pt are REPA-E's and LightningDiT's published files
+TUNE = "--epochs 80 --batch-size 1024 --lr 3e-4"
+PAPER = dict(
+    system={f"{n} epochs": (want, TUNE, "vavae.pt", f"--size XL --epochs {n}") for n, want in ((80, "2.88 / 1.41"), (800, "1.75 / 1.21"))},
+    depth={f"depth {d}": (want, f"{TUNE} --no-noise --mapper-depth {d}", "vavae.pt", "--size B") for d, want in
+           enumerate(("9.20", "8.42", "9.47"))},
+    noise={"off": ("8.42", f"{TUNE} --no-noise", "vavae.pt", "--size B"), "on": ("7.57", TUNE, "vavae.pt", "--size B")},
+    vfm={"none": ("11.40", None, "vavae.pt", "--size B"),
+         **{name: (want, f"{TUNE} --vfm {name}", "vavae.pt", "--size B") for name, want in (
+             ("mae-l", "10.01"), ("clip-l", "9.85"), ("ijepa-h", "9.70"), ("siglip-b", "9.10"), ("dinov2-b", "7.57"), ("dinov3-b", "7.16"))}},
+    channels={f"d{d} {word}": (want, flags, f"invae-f16d{d}.pt", "--size B") for d, pair in (
+        (16, ("13.85", "7.02")), (32, ("17.43", "8.25")), (64, ("26.27", "10.99"))) for word, want, flags in
+        (("as it is", pair[0], None), ("aligned", pair[1], TUNE))},
+    init={f"{file} {word}": (want, flags, f"{file}.pt", "--size B") for file, pair in (
+        ("sdvae", ("21.41", "11.86")), ("invae-f16d32", ("17.43", "8.25")), ("vavae", ("11.40", "7.57"))) for word, want, flags in
+        (("as it is", pair[0], None), ("aligned", pair[1], TUNE))})
+
 # AwA's manner: what is true of most members of a class. Columns are the ten classes in alphabetical order.
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ATTRIBUTES = dict(
@@ -90,8 +109,27 @@ def parse_arguments(argv=None):
     p.add_argument("--jobs", type=int, default=common.cores(), help="side by side")
     p.add_argument("--quick", action="store_true", help="one seed of `main`, shorter")
     p.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    p.add_argument("--paper", choices=list(PAPER), help="print the commands of one of the paper's tables")
     p.add_argument("--report", action="store_true", help="write RESULTS.md and docs/study.png from what is there")
     return p.parse_args(argv)
+
+
+def paper_commands(name):
+    """-> [(row, expected gFID, [commands])] on 8 GPUs."""
+    rows = []
+    for row, (expected, flags, file, sit) in PAPER[name].items():
+        stem = f"runs/paper/{name}-{row.replace(' ', '-')}"
+        vae, commands = file, []
+        if flags is not None:
+            vae = f"{stem}-vae"
+            commands.append(f"torchrun --nproc_per_node=8 train_vae.py --init {file} {flags} --out {vae}")
+        commands.append(f"torchrun --nproc_per_node=8 train_sit.py --vae {vae} {sit} --out {stem}-sit")
+        for suffix, guidance in (("", "--cfg 1"), ("-guided", "--cfg 2.5"))[:1 + (name == "system")]:
+            out = f"{stem}{suffix}.npz"
+            commands += [f"torchrun --nproc_per_node=8 sample.py --sit {stem}-sit --num-images 50000 {guidance} --out {out}",
+                         f"python fid.py {out} --ref VIRTUAL_imagenet256_labeled.npz"]
+        rows.append((row, expected, commands))
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,9 +156,10 @@ def plan(args, out, size):
             init, flags = how
             if init and f"vae {init}" not in jobs:
                 add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
-            add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
             if "random" in flags:
                 jobs["random teacher"] = [], [(f"-m tools.study random {out}", f"{out}/random.safetensors")]
+            add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
+            if "random" in flags:
                 jobs[f"vae {vae}"][0].append("random teacher")
 
     measured = [v for q in args.only for v in QUESTIONS[q]]
@@ -373,6 +412,10 @@ def main():
     if sys.argv[1:2] == ["random"]:
         return write_random_teacher(sys.argv[2])
     args = parse_arguments()
+    if args.paper:
+        for row, expected, commands in paper_commands(args.paper):
+            say(f"# {args.paper}, {row}: the paper's gFID is {expected}. GPU-hours: no GPU has been measured yet.\n" + "\n".join(commands))
+        return
     size = SIZES["quick" if args.quick else "full"]
     out = "runs/study-quick" if args.quick else "runs/study"
     if args.quick:
