@@ -147,9 +147,9 @@ def judge_vae(args):
 @torch.no_grad()
 def draw_path(vae, pictures, path):
     """Four rows: straight lines in nine steps between the latents of two test pictures each, decoded."""
-    rows = []
+    rows, apart = [], pictures.count // 8
     for k in range(4):
-        x = pictures.set.stack(pictures.chosen[[2 * k, 2 * k + 1]], vae.resolution)
+        x = pictures.set.stack(pictures.chosen[[2 * k * apart, (2 * k + 1) * apart]], vae.resolution)
         a, b = vae.encode(common.from_uint8(x))[0]
         share = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
         rows.append(torch.cat([x[:1], common.to_uint8(vae.decode(a + share * (b - a))), x[1:]]))
