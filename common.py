@@ -49,8 +49,8 @@ def run(main):
         else:
             raise
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
-        for thread in threading.enumerate():                       # a checkpoint that is being written
-            if thread is not threading.main_thread() and not thread.daemon:
+        for thread in threading.enumerate():                # other threads, such as a compiler's pool, may never end
+            if thread.name == "saver":
                 thread.join()
         code = 130 if isinstance(error, KeyboardInterrupt) else 2
         os._exit(code) if dist.is_initialized() else sys.exit(code)        # other ranks may wait in a collective: do not join them
@@ -763,7 +763,7 @@ class Saver:
         under state[key] with this prefix to its names, so that it is copied once."""
         if rank() == 0:
             self.wait()
-            self.thread = threading.Thread(target=self.write, args=(step, weights, to_host(state)))
+            self.thread = threading.Thread(target=self.write, name="saver", args=(step, weights, to_host(state)))
             self.thread.start()
 
     def write(self, step, weights, state):

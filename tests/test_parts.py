@@ -1,5 +1,7 @@
 """The mathematics, each against an independent formula: draws, crop, flow, samplers, losses, averages, networks."""
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -374,3 +376,17 @@ def test_vavae_loss_is_its_formula():
         want += np.mean([max(0, abs(x[i] @ x[j] - y[i] @ y[j]) - 0.25) for i in range(5) for j in range(5)]) / 2
     got = train_vae.vavae_loss(torch.from_numpy(a), torch.from_numpy(b))
     assert math.isclose(got.item(), want, rel_tol=1e-5)
+
+
+def test_an_error_does_not_wait_for_threads_of_others(capsys):
+    """A compiler's pool of threads lives as long as the process: only a checkpoint that is being written is waited for."""
+    def fail():
+        raise models.UserError("wrong")
+    done, ready = [], threading.Event()
+    pool = threading.Thread(target=ready.wait)
+    saver = threading.Thread(name="saver", target=lambda: (time.sleep(0.3), done.append(1)))
+    pool.start(), saver.start()
+    with pytest.raises(SystemExit) as stop:
+        common.run(fail)
+    assert stop.value.code == 2 and done and pool.is_alive()
+    ready.set()
