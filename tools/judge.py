@@ -18,11 +18,11 @@ import torch.nn.functional as F
 import common
 import fid
 from common import say
-from models import VFM, UserError, load_vae, read_weights
+from models import VFM, UserError, load_vae, read_weights, state_hash
 
 
 class Classifier(nn.Module):
-    """uint8 (B,3,H,W) -> logits (B,K), pooled features (B,128). 0.5M parameters, for pictures of about 32 pixels."""
+    """uint8 (B,3,H,W) -> logits (B,K), pooled features (B,128). 0.34M parameters, for pictures of about 32 pixels."""
 
     def __init__(self, classes):
         super().__init__()
@@ -39,10 +39,12 @@ class Classifier(nn.Module):
 
 def train_classifier(args):
     """Two epochs of AdamW on train/, mirrored and shifted by up to 4 pixels; says its accuracy on test/."""
-    data, test = (common.ImageSet(os.path.join(args.data, part)) for part in ("train", "test"))
+    data = common.ImageSet(os.path.join(args.data, "train"))
+    test = fid.Pictures(os.path.join(args.data, "test"), size=args.size)
     torch.manual_seed(args.seed)
     net = Classifier(len(data.classes))
-    steps, batch_size = 2 * len(data) // 128, 128
+    batch_size = 128
+    steps = 2 * len(data) // batch_size
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     stream = common.batches(common.Batches(data, batch_size, args.seed, args.size), range(steps), args.workers, torch.device("cpu"))
@@ -58,11 +60,11 @@ def train_classifier(args):
             say(f"classifier: step {step} of {steps}, loss {loss.item():.3f}")
     net.eval()
     with torch.no_grad():
-        right = sum((net(x)[0].argmax(1) == torch.from_numpy(test.labels[i.numpy()])).sum().item()
-                    for i, x in fid.Pictures(os.path.join(args.data, "test"), size=args.size).batches(torch.device("cpu"), 0))
-    say(f"classifier: tells {right / len(test):.1%} of the {len(test)} test pictures")
+        right = sum((net(x)[0].argmax(1) == torch.from_numpy(test.set.labels[i.numpy()])).sum().item()
+                    for i, x in test.batches(torch.device("cpu"), 0))
+    say(f"classifier: tells {right / test.count:.1%} of the {test.count} test pictures")
     with common.writing(args.out) as file:
-        torch.save(dict(net.state_dict(), accuracy=torch.tensor(right / len(test))), file)
+        torch.save(dict(net.state_dict(), accuracy=torch.tensor(right / test.count)), file)
 
 
 def load_classifier(path):
@@ -77,10 +79,16 @@ class Judge:
     """Features of both networks, and the statistics of `count` real training pictures, which are kept."""
 
     def __init__(self, args):
-        self.args, self.size = args, args.size
         self.classifier = load_classifier(args.classifier)
         self.vfm = VFM(args.vfm, args.vfm_weights, args.size, args.grid, args.vfm_stride)
-        self.real = self.set_features(fid.Pictures(os.path.join(args.data, "train"), args.real, args.size), keep=True)
+        pictures = fid.Pictures(os.path.join(args.data, "train"), args.real, args.size)
+        known = "-".join([pictures.set.fingerprint[:8], *(state_hash(m.state_dict())[:8] for m in (self.classifier, self.vfm))])
+        path = os.path.join(os.path.dirname(args.classifier), f"real-{pictures.count}-{known}.pt")
+        if not os.path.exists(path):
+            found = self.set_features(pictures)
+            with common.writing(path) as file:
+                torch.save(found, file)
+        self.real = read_weights(path)[0]
 
     @torch.no_grad()
     def features(self, x):
@@ -88,16 +96,9 @@ class Judge:
         logits, pooled = self.classifier(x)
         return dict(classifier=pooled, target=self.vfm(common.from_uint8(x)).mean(1), logits=logits)
 
-    def set_features(self, pictures, keep=False):
-        path = os.path.join(os.path.dirname(self.args.classifier), f"real-{pictures.count}-{pictures.set.fingerprint[:8]}.pt")
-        if keep and os.path.exists(path):
-            return read_weights(path)[0]
+    def set_features(self, pictures):
         parts = [self.features(x) for _, x in pictures.batches(torch.device("cpu"), 0)]
-        found = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        if keep:
-            with common.writing(path) as file:
-                torch.save(found, file)
-        return found
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
     def distances(self, found):
         """Features of a set -> {network: Frechet distance from the real training pictures}."""

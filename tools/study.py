@@ -1,7 +1,7 @@
 """The paper's claim at a size a laptop can repeat: VAEs with and without alignment and their controls, a small SiT on each, and
 what the samples, a linear probe and two judges say. A runner: it calls the stages as commands, and goes on where it was.
 
-    python -m tools.study --data data/cifar10 --vfm-weights tf_efficientnet_lite0.safetensors     # everything, overnight
+    python -m tools.study --data data/cifar10 --vfm-weights tf_efficientnet_lite0.safetensors     # everything
     python -m tools.study ... --only main noise controls --seeds 1                                # some questions, fewer seeds
     python -m tools.study ... --quick                                                             # question 1 in little time
     python -m tools.study --report                                                                # RESULTS.md from what is there
@@ -44,7 +44,7 @@ QUESTIONS = dict(
     noise=dict(no_noise=("base", f"{MAPPER} --no-noise")),
     depth=dict(depth0=("base", f"{MAPPER} --mapper-depth 0"), depth2=("base", f"{MAPPER} --mapper-depth 2"),
                mlp=("base", f"{MAPPER} --mapper-depth 0 --mapper-hidden 632")),
-    teacher=dict(random_teacher=("base", f"{MAPPER} --vfm-weights runs/study/random.safetensors")),
+    teacher=dict(random_teacher=("base", MAPPER + " --vfm-weights {out}/random.safetensors")),
     channels=dict(plain_d8=("base_d8", "--align none"), send_d8=("base_d8", MAPPER),
                   plain_d32=("base_d32", "--align none"), send_d32=("base_d32", MAPPER)),
     scratch=dict(scratch_plain=(None, f"{NET} --align none"), scratch_send=(None, f"{NET} {MAPPER}")),
@@ -65,10 +65,10 @@ SECTIONS = [
      [("send", "random_teacher")]),
     ("5. Latent channels 8, 16, 32", ["plain_d8", "send_d8", "plain", "send", "plain_d32", "send_d32"],
      "13.85->7.02 (16), 17.43->8.25 (32), 26.27->10.99 (64)", [("send_d8", "plain_d8"), ("send_d32", "plain_d32")]),
-    ("6. From scratch against tuned", ["scratch_plain", "scratch_send", "send"], "not in the paper", [("scratch_send", "scratch_plain")]),
+    ("6. From scratch against tuned", ["scratch_plain", "scratch_send", "send"], "it is silent", [("scratch_send", "scratch_plain")]),
     ("7. Weight 0.1, 0.5, 1, 2", ["weight0.1", "weight0.5", "send", "weight2"], "1.0 is its choice", []),
     ("10. Controls: targets shuffled between pictures; the VAE before tuning", ["plain", "base", "shuffled", "send"],
-     "not in the paper", [("send", "shuffled"), ("send", "base")]),
+     "it is silent", [("send", "shuffled"), ("send", "base")]),
     ("VA-VAE's loss in the same place", ["vavae", "send"], "E2E and VA-VAE are other trainings there", [("send", "vavae")]),
     ("Other seeds of the VAE's tuning", ["plain", "plain_s1", "plain_s2", "send", "send_s1", "send_s2"], "one seed",
      [("send_s1", "plain_s1"), ("send_s2", "plain_s2")])]
@@ -142,11 +142,13 @@ def plan(args, out, size):
     jobs = {"classifier": ([], [(f"-m tools.judge classifier --data {args.data} --out {out}/classifier.pt", f"{out}/classifier.pt")])}
 
     def add_vae(name, init, flags, steps, rate):
-        flags = flags.replace("runs/study/random", f"{out}/random")
-        flags += teacher if "--vfm " in flags and "--vfm-weights" not in flags else ""
-        start = f"--init {out}/vae_{init} " if init else ""
-        command = f"train_vae.py {data} {TRAIN} {flags} {start}--steps {steps} --lr {rate} --out {out}/vae_{name}"
-        after = [f"vae {init}"] if init else []
+        after, start = ([f"vae {init}"], f"--init {out}/vae_{init} ") if init else ([], "")
+        if "{out}" in flags:
+            jobs["random teacher"] = [], [(f"-m tools.study random {out}", f"{out}/random.safetensors")]
+            after.append("random teacher")
+        elif "--vfm " in flags:
+            flags += teacher
+        command = f"train_vae.py {data} {TRAIN} {flags.format(out=out)} {start}--steps {steps} --lr {rate} --out {out}/vae_{name}"
         jobs[f"vae {name}"] = after, [(command, f"{out}/done/vae_{name}")]
 
     for name in (q for q in QUESTIONS if q in args.only):
@@ -156,11 +158,7 @@ def plan(args, out, size):
             init, flags = how
             if init and f"vae {init}" not in jobs:
                 add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
-            if "random" in flags:
-                jobs["random teacher"] = [], [(f"-m tools.study random {out}", f"{out}/random.safetensors")]
             add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
-            if "random" in flags:
-                jobs[f"vae {vae}"][0].append("random teacher")
 
     measured = [v for q in args.only for v in QUESTIONS[q]]
     for vae in measured:
@@ -185,9 +183,10 @@ def add_chain(jobs, args, out, size, judge, vae, seed, kind, flags):
     sets = [(n, "", "--cfg 1") for n in size["points"]] + [(size["points"][-1], "-guided", "--cfg 1.5 --interval 0 1")]
     for n, suffix, guidance in sets:
         stem = f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}"
-        train = f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} --out {run}"
-        steps += [(train, f"{stem}.npz"),
-                  (f"sample.py --sit {run} {SAMPLER} {guidance} --seed {seed} --out {stem}.npz", f"{stem}.npz"),
+        if not suffix:                                      # the guided set is of the same SiT as the last one without
+            steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
+                          f"--out {run}", f"{stem}.npz"))
+        steps += [(f"sample.py --sit {run} {SAMPLER} {guidance} --seed {seed} --out {stem}.npz", f"{stem}.npz"),
                   (f"-m tools.judge samples {stem}.npz {judge} --out {stem}.json", f"{stem}.json")]
     jobs[f"sit {vae}{kind} {seed}"] = [f"vae {vae}", "classifier"], steps
 
@@ -417,11 +416,11 @@ def main():
             say(f"# {args.paper}, {row}: the paper's gFID is {expected}. GPU-hours: no GPU has been measured yet.\n" + "\n".join(commands))
         return
     size = SIZES["quick" if args.quick else "full"]
-    out = "runs/study-quick" if args.quick else "runs/study"
+    out, results = ("runs/study-quick", "runs/study-quick/RESULTS.md") if args.quick else ("runs/study", "RESULTS.md")
     if args.quick:
         args.only, args.seeds = ["main"], 1
     if args.report:
-        return report(args, out, size, f"{out}/RESULTS.md" if args.quick else "RESULTS.md")
+        return report(args, out, size, results)
     jobs = plan(args, out, size)
     if args.list:
         for name, (_, commands) in jobs.items():
@@ -434,7 +433,7 @@ def main():
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for name, (after, commands) in jobs.items():        # in an order in which nobody waits for a later one
             futures[name] = pool.submit(run_job, name, commands, [futures[a] for a in after], threads, out)
-    report(args, out, size, f"{out}/RESULTS.md" if args.quick else "RESULTS.md")
+    report(args, out, size, results)
     failed = [name for name, future in futures.items() if not future.result()]
     if failed:
         raise UserError(f"{len(failed)} jobs failed or wait for one that did, the first is {failed[0]}; see {out}/log")
