@@ -74,7 +74,7 @@ def test_report_has_means_intervals_and_speed_up(tmp_path, monkeypatch):
     with open("out/samples/send_3_300.json", "w") as file:  # drawn from another step: must not count
         json.dump(wrong, file)
     args = study.parse_arguments([])
-    study.report(args, "out", dict(base=1, tune=1, points=(100, 200, 300)), "out/R.md")
+    study.report(args, "out", dict(base=1, tune=1, points=(100, 200, 300), compare=300), "out/R.md")
     text = open("out/R.md").read()
     assert "| plain | 3.1 ± 0.25 (3) |" in text             # t(0.975, 2) 4.303 * std 0.1 / sqrt(3)
     assert "difference 1 [0.773, 1.23]; the direction agrees" in text

@@ -2,11 +2,11 @@
 vision model's own, and what a VAE's latents and reconstructions are like.
 
     python -m tools.judge classifier --data data/cifar10 --out runs/study/classifier.pt
-    python -m tools.judge samples runs/study/samples.npz --data data/cifar10 --classifier runs/study/classifier.pt ...
+    python -m tools.judge samples runs/study/a.npz b.npz --data data/cifar10 --classifier runs/study/classifier.pt ...
     python -m tools.judge vae runs/study/send --data data/cifar10 --classifier runs/study/classifier.pt ...
 
 Frechet distances are of the classifier's 128 pooled features and of the vision model's pooled tokens: neither is FID. The result
-goes to --out as JSON. --data is a folder with train/ and test/ in ImageNet's layout.
+goes to --out as JSON, that of samples beside each set. --data is a folder with train/ and test/ in ImageNet's layout.
 """
 import argparse
 import os
@@ -108,10 +108,14 @@ class Judge:
 
 
 def judge_samples(args):
-    judge, pictures = Judge(args), fid.Pictures(args.path)
-    found = judge.set_features(pictures)
-    told = found["logits"].argmax(1).numpy() == pictures.set.labels[pictures.chosen]
-    return dict(judge.distances(found), told=float(told.mean()), pictures=pictures.count, settings=pictures.set.settings)
+    """Of each set of samples, <set>.json beside it: distances, and the share that the classifier tells as their label."""
+    judge = Judge(args)
+    for path in args.paths:
+        pictures = fid.Pictures(path)
+        found = judge.set_features(pictures)
+        told = found["logits"].argmax(1).numpy() == pictures.set.labels[pictures.chosen]
+        common.write_json(path.removesuffix(".npz") + ".json", dict(
+            judge.distances(found), told=float(told.mean()), pictures=pictures.count, settings=pictures.set.settings))
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def judge_vae(args):
     """Over args.num test pictures: distances, PSNR and SSIM of reconstructions; of normalised latents z (N,C,h,w):
     effective ranks (exp of the entropy of the covariance's eigenvalues: of channels, and of flattened latents), correlation of
     neighbours, and the largest standard deviation of a channel over the smallest."""
-    judge, vae = Judge(args), load_vae(args.path)
+    judge, vae = Judge(args), load_vae(args.paths[0])
     pictures = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
     z, parts, quality = [], [], []
     for _, x in pictures.batches(torch.device("cpu"), 0):
@@ -160,7 +164,7 @@ def draw_path(vae, pictures, path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["classifier", "samples", "vae"])
-    p.add_argument("path", nargs="?", help="samples: .npz; vae: its folder")
+    p.add_argument("paths", nargs="*", help="samples: .npz files; vae: its folder")
     p.add_argument("--data", required=True)
     p.add_argument("--classifier")
     p.add_argument("--vfm")
@@ -172,14 +176,16 @@ def main():
     p.add_argument("--real", type=int, default=10000, help="training pictures that samples are compared with, evenly spaced")
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", required=True)
+    p.add_argument("--out", help="classifier: .pt; vae: .json")
     args = p.parse_args()
     common.setup("cpu")
     if args.what == "classifier":
         return train_classifier(args)
-    if not args.path:
+    if not args.paths:
         raise UserError(f"{args.what}: name what to judge")
-    common.write_json(args.out, judge_samples(args) if args.what == "samples" else judge_vae(args))
+    if args.what == "samples":
+        return judge_samples(args)
+    common.write_json(args.out, judge_vae(args))
 
 
 if __name__ == "__main__":

@@ -29,30 +29,32 @@ from models import UserError
 from probe import correlate
 
 NET = "--spec f4d16 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1"
-TRAIN = ("--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 8 --lr-schedule cosine --warmup 100 --ema 0.99 "
+TRAIN = ("--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 32 --lr-schedule cosine --warmup 100 --ema 0.99 "
          "--stats-images 5000 --save-every 2500 --sample-every 2500 --workers 1")
 TEACHER = "--vfm tf_efficientnet_lite0 --vfm-stride 16"
 MAPPER = f"{TEACHER} --mapper-patch 1 --mapper-width 192 --mapper-hidden 256"
 SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr 1e-3 --ema 0.995 --preview-n 1 --preview-steps 10 "
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
-SIZES = dict(full=dict(base=4400, tune=5000, points=(200, 400, 600, 800, 1000)), quick=dict(base=2000, tune=1500, points=(250, 500)))
+# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` only
+SIZES = dict(full=dict(base=1500, tune=1250, points=(250, 500, 750, 1000, 1500), compare=750),
+             quick=dict(base=800, tune=600, points=(250, 500), compare=500))
 
 # question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps
-QUESTIONS = dict(
+QUESTIONS = dict(                                           # in the order in which they are run
     main=dict(plain=("base", "--align none"), send=("base", MAPPER)),
+    seeds=dict(plain_s1=("base", "--align none --seed 1"), send_s1=("base", f"{MAPPER} --seed 1"),
+               plain_s2=("base", "--align none --seed 2"), send_s2=("base", f"{MAPPER} --seed 2")),
+    controls=dict(shuffled=("base", f"{MAPPER} --shuffle-targets"), base=None),
+    teacher=dict(random_teacher=("base", MAPPER + " --vfm-weights {out}/random.safetensors")),
     noise=dict(no_noise=("base", f"{MAPPER} --no-noise")),
     depth=dict(depth0=("base", f"{MAPPER} --mapper-depth 0"), depth2=("base", f"{MAPPER} --mapper-depth 2"),
                mlp=("base", f"{MAPPER} --mapper-depth 0 --mapper-hidden 632")),
-    teacher=dict(random_teacher=("base", MAPPER + " --vfm-weights {out}/random.safetensors")),
-    channels=dict(plain_d8=("base_d8", "--align none"), send_d8=("base_d8", MAPPER),
-                  plain_d32=("base_d32", "--align none"), send_d32=("base_d32", MAPPER)),
-    scratch=dict(scratch_plain=(None, f"{NET} --align none"), scratch_send=(None, f"{NET} {MAPPER}")),
-    weight={f"weight{w}": ("base", f"{MAPPER} --align-weight {w}") for w in ("0.1", "0.5", "2")},
-    controls=dict(shuffled=("base", f"{MAPPER} --shuffle-targets"), base=None),
+    weight={f"weight{w}": ("base", f"{MAPPER} --align-weight {w}") for w in ("0.1", "2", "0.5")},
     loss=dict(vavae=("base", f"{TEACHER} --mapper-patch 1 --align vavae")),
-    seeds=dict(plain_s1=("base", "--align none --seed 1"), send_s1=("base", f"{MAPPER} --seed 1"),
-               plain_s2=("base", "--align none --seed 2"), send_s2=("base", f"{MAPPER} --seed 2")))
+    scratch=dict(scratch_plain=(None, f"{NET} --align none"), scratch_send=(None, f"{NET} {MAPPER}")),
+    channels=dict(plain_d8=("base_d8", "--align none"), send_d8=("base_d8", MAPPER),
+                  plain_d32=("base_d32", "--align none"), send_d32=("base_d32", MAPPER)))
 BASES = dict(base=NET, base_d8=NET.replace("d16", "d8"), base_d32=NET.replace("d16", "d32"))
 
 # What stands in RESULTS.md: title, the VAEs of its table, the paper's finding, pairs (better, worse) that the paper expects
@@ -136,6 +138,7 @@ def paper_commands(name):
 # Jobs: name -> (names of jobs to wait for, [(command, file that shows it is done)])
 
 def plan(args, out, size):
+    """All jobs, the more urgent first: breadth (every VAE with one SiT) before depth (more SiT seeds), `main` before all."""
     teacher = f" --vfm-weights {args.vfm_weights}" if args.vfm_weights else ""
     judge = f"{TEACHER}{teacher} --data {args.data} --classifier {out}/classifier.pt"
     data = f"--data {args.data}/train --val {args.data}/test"
@@ -151,17 +154,7 @@ def plan(args, out, size):
         command = f"train_vae.py {data} {TRAIN} {flags.format(out=out)} {start}--steps {steps} --lr {rate} --out {out}/vae_{name}"
         jobs[f"vae {name}"] = after, [(command, f"{out}/done/vae_{name}")]
 
-    for name in (q for q in QUESTIONS if q in args.only):
-        for vae, how in QUESTIONS[name].items():
-            if how is None:
-                continue
-            init, flags = how
-            if init and f"vae {init}" not in jobs:
-                add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
-            add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
-
-    measured = [v for q in args.only for v in QUESTIONS[q]]
-    for vae in measured:
+    def add_judge(vae):
         names = f"--vae {out}/vae_{vae} --train-images 10000 --pictures 0 --workers 1"
         jobs[f"judge {vae}"] = [f"vae {vae}", "classifier"], [
             (f"-m tools.judge vae {out}/vae_{vae} {judge} --out {out}/judged/{vae}.json", f"{out}/judged/{vae}.json"),
@@ -169,32 +162,53 @@ def plan(args, out, size):
              f"{out}/probe_{vae}/result.json"),
             (f"probe.py {names} --data {out}/attributes --task attributes --out {out}/probe_{vae}_attributes",
              f"{out}/probe_{vae}_attributes/result.json")]
-    for seed in range(args.seeds):
-        for vae in measured:
-            add_chain(jobs, args, out, size, judge, vae, seed, "", "--repa 0")
-            if args.repa and vae in ("plain", "send"):
-                add_chain(jobs, args, out, size, judge, vae, seed, "-repa", f"--repa 0.5 --repa-block 4 {TEACHER}{teacher}")
+
+    def add_chains(vae, seed):
+        add_chain(jobs, args, out, size, judge, vae, seed, "", "--repa 0")
+        if args.repa and vae in ("plain", "send"):
+            add_chain(jobs, args, out, size, judge, vae, seed, "-repa", f"--repa 0.5 --repa-block 4 {TEACHER}{teacher}")
+
+    for question in (q for q in QUESTIONS if q in args.only):
+        for vae, how in QUESTIONS[question].items():
+            if how is not None:
+                init, flags = how
+                if init and f"vae {init}" not in jobs:
+                    add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
+                add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
+        for vae in QUESTIONS[question]:
+            add_judge(vae)
+            for seed in range(args.seeds if question == "main" else min(args.seeds, 1)):
+                add_chains(vae, seed)
+    for seed in range(1, args.seeds):
+        for question in (q for q in QUESTIONS if q in args.only and q != "main"):
+            for vae in QUESTIONS[question]:
+                add_chains(vae, seed)
     return jobs
 
 
 def add_chain(jobs, args, out, size, judge, vae, seed, kind, flags):
-    """A SiT that is stopped at each point to draw a set of samples, which is judged."""
-    run, steps = f"{out}/sit_{vae}{kind}_{seed}", []
-    sets = [(n, "", "--cfg 1") for n in size["points"]] + [(size["points"][-1], "-guided", "--cfg 1.5 --interval 0 1")]
-    for n, suffix, guidance in sets:
-        stem = f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}"
-        if not suffix:                                      # the guided set is of the same SiT as the last one without
-            steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
-                          f"--out {run}", f"{stem}.npz"))
-        steps += [(f"sample.py --sit {run} {SAMPLER} {guidance} --seed {seed} --out {stem}.npz", f"{stem}.npz"),
-                  (f"-m tools.judge samples {stem}.npz {judge} --out {stem}.json", f"{stem}.json")]
+    """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `plain` and `send` also get
+    a guided set and, to see what the draw itself is worth, another set of the same SiT."""
+    run, steps, sets = f"{out}/sit_{vae}{kind}_{seed}", [], []
+
+    def draw(n, suffix, flags, draw_seed):
+        sets.append(f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}.npz")
+        steps.append((f"sample.py --sit {run} {SAMPLER} {flags} --seed {draw_seed} --out {sets[-1]}", sets[-1]))
+
+    main = vae in QUESTIONS["main"]
+    for n in size["points"] if main else [size["compare"]]:
+        steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
+                      f"--out {run}", f"{out}/samples/{vae}{kind}_{seed}_{n}.npz"))
+        draw(n, "", "--cfg 1", seed)
+    if main:
+        draw(n, "-guided", "--cfg 1.5 --interval 0 1", seed)
+        draw(n, "-again", "--cfg 1", seed + 100)
+    steps.append((f"-m tools.judge samples {' '.join(sets)} {judge}", sets[-1].replace(".npz", ".json")))
     jobs[f"sit {vae}{kind} {seed}"] = [f"vae {vae}", "classifier"], steps
 
 
-def run_job(name, commands, earlier, threads, out):
-    """Runs a job's commands once the jobs it waits for have ended well -> whether it did."""
-    if not all(future.result() for future in earlier):
-        return False
+def run_job(name, commands, threads, out):
+    """Runs a job's commands that have not been done -> whether all went well."""
     for command, product in commands:
         if os.path.exists(product):
             continue
@@ -210,6 +224,22 @@ def run_job(name, commands, earlier, threads, out):
             common.write_json(product, command)
     say(f"done      {name}")
     return True
+
+
+def run_jobs(jobs, at_once, threads, out):
+    """Runs them side by side, always the first whose predecessors have ended well -> names of those that failed or had to
+    be left out."""
+    waiting, running, good = dict(jobs), {}, set()
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        while True:
+            ready = [name for name, (after, _) in waiting.items() if good.issuperset(after)]
+            for name in ready[:at_once - len(running)]:
+                running[pool.submit(run_job, name, waiting.pop(name)[1], threads, out)] = name
+            if not running:
+                return [name for name in jobs if name not in good]
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                name = running.pop(future)
+                good |= {name} if future.result() else set()
 
 
 def write_attributes(data, out):
@@ -254,16 +284,16 @@ def interval(values):
 
 
 class Results:
-    def __init__(self, out, points):
-        self.out, self.points = out, points
+    def __init__(self, out, points, compare):
+        self.out, self.points, self.compare = out, points, compare
 
     def samples(self, vae, point, key="classifier", suffix=""):
         """One value for each SiT seed whose set was drawn at this step."""
         found = [read(f"{self.out}/samples/{vae}_{seed}_{point}{suffix}.json") for seed in range(20)]
         return [f[key] for f in found if f and f["settings"]["sit_step"] == point]
 
-    def last(self, vae, key="classifier", suffix=""):
-        return self.samples(vae, self.points[-1], key, suffix)
+    def compared(self, vae, key="classifier"):
+        return self.samples(vae, self.compare, key)
 
     def vae(self, vae, key):
         return (read(f"{self.out}/judged/{vae}.json") or {}).get(key)
@@ -290,15 +320,15 @@ def table(results, vaes):
     yield ("| VAE | distance, classifier | distance, target's own | guided, classifier | class probe | attribute F1 | PSNR | floor |")
     yield "|---|---|---|---|---|---|---|---|"
     for v in vaes:
-        yield (f"| {v} | {interval(results.last(v))} | {interval(results.last(v, 'target'))} | "
-               f"{interval(results.last(v, suffix='-guided'))} | {cell(results.probe(v, 'accuracy'), '.1%')} | "
+        yield (f"| {v} | {interval(results.compared(v))} | {interval(results.compared(v, 'target'))} | "
+               f"{interval(results.samples(v, results.points[-1], suffix='-guided'))} | {cell(results.probe(v, 'accuracy'), '.1%')} | "
                f"{cell(results.probe(v, 'F1 macro', '_attributes'))} | {cell(results.vae(v, 'psnr'), '.2f')} | "
                f"{cell(results.vae(v, 'reconstruction_classifier'), '.3g')} |")
 
 
 def verdict(results, better, worse):
     """A sentence on whether `better` has the smaller distance, by Welch's interval over SiT seeds."""
-    a, b = results.last(better), results.last(worse)
+    a, b = results.compared(better), results.compared(worse)
     if not a or not b:
         return f"- {better} against {worse}: not measured yet."
     text = f"- {better} {np.mean(a):.3g}, {worse} {np.mean(b):.3g}: "
@@ -312,7 +342,7 @@ def verdict(results, better, worse):
 def speed_up(results):
     """Steps at which `send` reaches the last value of `plain`, between points on a straight line."""
     points = [(n, np.mean(results.samples("send", n))) for n in results.points if results.samples("send", n)]
-    goal = results.last("plain")
+    goal = results.samples("plain", results.points[-1])
     for (n0, d0), (n1, d1) in zip(points, points[1:]):
         if goal and d1 <= np.mean(goal) < d0:
             at = n0 + (n1 - n0) * (d0 - np.mean(goal)) / (d0 - d1)
@@ -321,19 +351,19 @@ def speed_up(results):
 
 
 def report(args, out, size, path):
-    results = Results(out, size["points"])
+    results = Results(out, size["points"], size["compare"])
     known = [v for q in QUESTIONS.values() for v in q]
-    done = [v for v in known if results.last(v)]
+    done = [v for v in known if results.compared(v)]
     lines = ["# Results of the small-scale study", "", "Written by `python -m tools.study" + (" --quick" if args.quick else "")
              + " --report`; every number is read from the runs.", "",
-             f"Data: {args.data}; VFM tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures from scratch, then "
-             f"{size['tune']} with or without alignment; SiT of depth 6, width 192, patch 2, {size['points'][-1]} steps of 64; 1,000 samples, 25 Euler "
+             f"Data: {args.data}; VFM tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 32 pictures from scratch, then "
+             f"{size['tune']} with or without alignment; SiT of depth 6, width 192, patch 2, {size['compare']} steps of 64; 1,000 samples, 25 Euler "
              "steps. Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the target's pooled "
              "tokens; smaller is better. ± is half a 95% t-interval over SiT seeds (their number). Floor: distance of 2,000 reconstructions.", "",
              f"Sample distances exist for {len(done)} of {len(known)} VAEs: {', '.join(done) or 'none'}.", ""]
     for title, vaes, paper, pairs in SECTIONS:
         lines += [f"## {title}", ""]
-        if not any(results.last(v) for v in vaes if v not in ("plain", "send") or title.startswith("1.")):
+        if not any(results.compared(v) for v in vaes if v not in ("plain", "send") or title.startswith("1.")):
             lines += [f"Not measured yet. Paper: {paper}.", ""]
             continue
         lines += [*table(results, vaes), "", f"Paper: {paper}.", "", *(verdict(results, *pair) for pair in pairs), ""]
@@ -353,7 +383,7 @@ def report(args, out, size, path):
     if len(rows) < 4:
         lines += [f"Not measured yet: {len(rows)} VAEs have all measures.", ""]
     else:
-        distances = [float(np.mean(results.last(v))) for v in rows]
+        distances = [float(np.mean(results.compared(v))) for v in rows]
         lines += [f"Over {len(rows)} VAEs ({', '.join(rows)}), 95% intervals over resampled VAEs:", "", "| measure | Pearson | Spearman |",
                   "|---|---|---|"]
         for k in next(iter(rows.values())):
@@ -429,12 +459,8 @@ def main():
     os.makedirs(f"{out}/log", exist_ok=True)
     common.lock(out)
     write_attributes(args.data, out)
-    threads, futures = max(1, common.cores() // args.jobs), {}
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for name, (after, commands) in jobs.items():        # in an order in which nobody waits for a later one
-            futures[name] = pool.submit(run_job, name, commands, [futures[a] for a in after], threads, out)
+    failed = run_jobs(jobs, args.jobs, max(1, common.cores() // args.jobs), out)
     report(args, out, size, results)
-    failed = [name for name, future in futures.items() if not future.result()]
     if failed:
         raise UserError(f"{len(failed)} jobs failed or wait for one that did, the first is {failed[0]}; see {out}/log")
 
