@@ -29,7 +29,7 @@ from models import UserError
 from probe import correlate
 
 NET = "--spec f4d16 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1"
-TRAIN = ("--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 32 --lr-schedule cosine --warmup 100 --ema 0.99 "
+TRAIN = ("--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 8 --lr-schedule cosine --warmup 100 --ema 0.99 "
          "--stats-images 5000 --save-every 2500 --sample-every 2500 --workers 1")
 TEACHER = "--vfm tf_efficientnet_lite0 --vfm-stride 16"
 MAPPER = f"{TEACHER} --mapper-patch 1 --mapper-width 192 --mapper-hidden 256"
@@ -37,8 +37,8 @@ SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
 # VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` only
-SIZES = dict(full=dict(base=1500, tune=1250, points=(250, 500, 750, 1000, 1500), compare=750),
-             quick=dict(base=800, tune=600, points=(250, 500), compare=500))
+SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 1500), compare=750),
+             quick=dict(base=2000, tune=1500, points=(250, 500), compare=500))
 
 # question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps
 QUESTIONS = dict(                                           # in the order in which they are run
@@ -356,7 +356,7 @@ def report(args, out, size, path):
     done = [v for v in known if results.compared(v)]
     lines = ["# Results of the small-scale study", "", "Written by `python -m tools.study" + (" --quick" if args.quick else "")
              + " --report`; every number is read from the runs.", "",
-             f"Data: {args.data}; VFM tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 32 pictures from scratch, then "
+             f"Data: {args.data}; VFM tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures from scratch, then "
              f"{size['tune']} with or without alignment; SiT of depth 6, width 192, patch 2, {size['compare']} steps of 64; 1,000 samples, 25 Euler "
              "steps. Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the target's pooled "
              "tokens; smaller is better. ± is half a 95% t-interval over SiT seeds (their number). Floor: distance of 2,000 reconstructions.", "",
