@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import normal, say, uniform
-from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_discriminator, load_vae
+from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_vae, published
 
 # Flags that may change between a run and its resumption; all others must agree.
 FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
@@ -280,7 +280,9 @@ def main():
         lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
     if args.gan:
         torch.manual_seed(args.seed + 2)
-        disc = load_discriminator(args.init_disc).train() if args.init_disc else PatchDiscriminator()
+        disc = PatchDiscriminator()
+        if args.init_disc:
+            disc = published(args.init_disc).load_discriminator(args.init_disc).train()
         disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
     if args.freeze and mapper is None:
         raise UserError("--freeze trains the mapper only, but --align none builds none")

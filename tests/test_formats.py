@@ -3,6 +3,9 @@ import argparse
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 
 import diffusers
 import lpips
@@ -15,8 +18,8 @@ from safetensors.torch import save_file
 import models
 import sample
 import train_vae
-from conftest import script
-from tools import weights
+from conftest import ROOT, VAE, script
+from tools import published, weights
 
 SMALL = dict(f8d4=dict(ch=32, ch_mult=(1, 2, 2, 2)), f16d32=dict(ch=32, ch_mult=(1, 1, 2, 2, 2)))
 
@@ -240,11 +243,11 @@ def test_discriminator_comes_out_of_a_training_checkpoint(tmp_path):
     torch.manual_seed(0)
     disc = models.PatchDiscriminator()
     torch.save(dict(state_dict={f"loss.discriminator.{k}": v for k, v in disc.state_dict().items()}), tmp_path / "d.ckpt")
-    loaded = models.load_discriminator(tmp_path / "d.ckpt")
+    loaded = published.load_discriminator(tmp_path / "d.ckpt")
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in disc.state_dict().items())
     torch.save(dict(a=torch.zeros(1)), tmp_path / "x.pt")
     with pytest.raises(models.UserError, match="holds no discriminator"):
-        models.load_discriminator(tmp_path / "x.pt")
+        published.load_discriminator(tmp_path / "x.pt")
 
 
 # ---- SiT -------------------------------------------------------------------------------------------------------------
@@ -325,6 +328,24 @@ def test_published_pair_through_the_scripts(tmp_path, monkeypatch, pictures):
            "--lpips", 0, "--batch-size", 4, "--steps", 1, "--lr", 0, "--workers", 0)
     trained = models.load_vae("runs/vae").state_dict()
     assert all(torch.equal(v, trained[k]) for k, v in vae.state_dict().items() if not k.startswith("latent_"))
+
+
+def test_a_fork_of_one_stage_reads_its_own_files_and_says_why_it_reads_no_others(tmp_path, pictures):
+    for name in ("train_vae.py", "models.py", "common.py"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.ckpt")
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "diffusers")
+
+    def train(*words):
+        words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 1, *words]
+        return subprocess.run([sys.executable, "train_vae.py", *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+    assert train("--out", "a").returncode == 0
+    done = train("--out", "b", "--init", "a")
+    assert done.returncode == 0, done.stderr
+    for words in (["--init", "v.ckpt"], ["--init", "diffusers"], ["--init", "hf:a/b"], ["--gan", 1, "--init-disc", "v.ckpt"]):
+        done = train("--out", "c", *words)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{words[-1]} is no file of ours, and tools/published.py, which reads those of others, is not there" in done.stderr
 
 
 # ---- vision models ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import common
 import fid
 import fuzz
 import models
+from tools import published
 
 
 def test_two_thousand_mutations(inside):
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_claims_more_numbers_than_its_file_has(inside):
 @pytest.mark.parametrize("value", [[1, 2], 3, torch.zeros(2), {1: torch.zeros(2)}, {"model": 3}, {"state_dict": {"a": 1}}])
 def test_what_is_no_state_dict(value, inside):
     torch.save(value, "x.pt")
-    for load in (models.load_vae, models.load_sit, models.load_discriminator, lambda path: models.LPIPS([path, path])):
+    for load in (models.load_vae, models.load_sit, published.load_discriminator, lambda path: models.LPIPS([path, path])):
         if load.__name__ != "<lambda>" or not isinstance(value, dict):
             with pytest.raises(models.UserError):
                 load("x.pt")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import common
-from models import UserError, diffusers_names, load_sit, load_vae, read_weights
+from models import UserError, load_sit, load_vae, read_weights
+from tools.published import diffusers_names
 
 
 def describe(path):
