@@ -64,8 +64,8 @@ def draw_picture(shape, size, rng):
 
     # Geometry in pixels of a 32 x 32 picture. About 25 degrees: a square looks upright again at 90. Few poses, each with a
     # little play: a SiT trained for minutes learns these, but not an object anywhere, of any size, turned by any angle.
-    radius = rng.uniform(12, 13) if large else rng.uniform(8.5, 9.5)
-    x, y = 16 + rng.uniform(1.5, 2.5, 2) * np.where([left, top], -1, 1)
+    radius = rng.uniform(12.5, 13.5) if large else rng.uniform(10, 11)
+    x, y = 16 + rng.uniform(1.5, 2, 2) * np.where([left, top], -1, 1)
     angle = math.radians(rng.uniform(22, 28) if tilted else rng.uniform(-3, 3))
     c, s = math.cos(angle), math.sin(angle)
     scale = 4 * size / 32  # drawn four times too large; averaging 4 x 4 pixels smooths the edges
@@ -96,7 +96,7 @@ def draw_picture(shape, size, rng):
         mask = np.asarray(mask)
         right = (np.arange(4 * size) + 0.5) / scale
         down = right[:, None]
-        marks = ((down - y) * c - (right - x) * s) % 5 < 2.5
+        marks = ((down - y) * c - (right - x) * s) % 6 < 3
         tone = colour * 0.3 + 255 * 0.7 if dark else colour * 0.35
         picture += shrink(Image.fromarray(mask * marks)) * (tone - colour)
     return picture.round().clip(0, 255).astype(np.uint8), names
