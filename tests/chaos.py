@@ -82,6 +82,7 @@ def torment(program, words, processes, kills, base, rng):
     print(f"{title}: left alone it takes {length:.1f} s after its first line", flush=True)
     folder = folders["killed"]
     while True:
+        fresh = not os.path.exists(folder)
         os.makedirs(folder, exist_ok=True)
         run = start(processes, *words, cwd=folder)
         wait_for(lambda: first_line(folder))
@@ -102,6 +103,7 @@ def torment(program, words, processes, kills, base, rng):
             print(f"{title}: FAILED, a start after {killed} kills ended with code {run.returncode}:\n"
                   + open(f"{folder}/output.txt").read()[-2000:])
             return False
+        length = min(length, time.time() - begin) if fresh else length       # other work may have slowed the first run
         found, runs = result(program, folder), runs + 1
         differ = [key for key in whole if not same_state(whole[key], found[key])]
         if differ:
