@@ -634,6 +634,9 @@ def to_uint8(x):
 def writing(path, check=None):
     """with writing("a/b") as file: a binary file that becomes a/b when the block ends well, and check(its path) does."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):    # by a process that was killed
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(left)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:

@@ -208,7 +208,13 @@ def main():
         sit.forward, vae.decode = torch.compile(sit.forward), torch.compile(vae.decode)
     if args.num:
         if os.path.exists(args.out) and not args.overwrite:
-            raise UserError(f"{args.out} is already there; name another --out, or replace it with --overwrite")
+            with reading(args.out, "a set of ours (--overwrite replaces it)"), np.load(args.out, allow_pickle=False) as file:
+                old = json.loads(str(file["settings"]))
+            if any(old.get(k) != v for k, v in settings.items() if k != "provenance"):
+                raise UserError(f"{args.out} is already there, with other settings; name another --out, or replace it with "
+                                "--overwrite")
+            shutil.rmtree(args.out + ".parts", ignore_errors=True)         # a kill may come when the set is written
+            return say(f"done      {args.out} has its {args.num} pictures already")
         return draw_set(sit, vae, args, device, precision, settings)
 
     k = sit.num_classes
