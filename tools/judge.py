@@ -167,13 +167,13 @@ def draw_path(vae, pictures, path):
 
 @torch.no_grad()
 def draw_latents(args):
-    """A panel for each VAE: args.num test pictures in the plane of most variance of flattened, normalised latents, a colour a class."""
+    """A panel for each VAE: test pictures in the plane of most variance of flattened, normalised latents, a colour a class."""
     panels = []
     for path in args.paths:
         vae = load_vae(path)
         pictures = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
-        z = torch.cat([vae.normalize(vae.encode(common.from_uint8(x))[0]).flatten(1) for _, x in pictures.batches(torch.device("cpu"), 0)])
-        places, share = principal_plane(z.double())
+        z = [vae.encode(common.from_uint8(x))[0] for _, x in pictures.batches(torch.device("cpu"), 0)]
+        places, share = principal_plane(vae.normalize(torch.cat(z)).flatten(1).double())
         labels, names = pictures.set.labels[pictures.chosen], pictures.set.classes
         colours = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / len(names), 1, 0.8)) for k in range(len(names))]
         series = {name: (colours[k], [(*xy, "") for xy in places[labels == k].tolist()]) for k, name in enumerate(names)}

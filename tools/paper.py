@@ -1,7 +1,7 @@
-"""The paper's own runs, for those who have the machines: `python -m tools.study --paper TABLE` prints for every row of a table the
-command lines, the paper's numbers, GPU-hours, and what to download. Nobody has run these commands in full.
+"""The paper's own runs, for those who have the machines: `python -m tools.study --paper TABLE` prints for every row of a table
+the command lines, the paper's numbers, GPU-hours, and what to download. Nobody has run these commands in full.
 
-GPU-hours are computed, not measured: matrix products, convolutions and attention of each network are counted at batch 1 on PyTorch's
+GPU-hours are computed, not measured: matrix products, convolutions and attention of each network are counted at batch 1 on the
 meta device, which has shapes and no numbers, and divided by CARD * SHARE. Evaluation and reading of pictures are not in them.
 """
 import shlex
@@ -16,12 +16,12 @@ import models
 import train_sit
 import train_vae
 
-CARD, SHARE = 989e12, 0.4                                   # an H100's dense bf16 operations/s; the share of them assumed to be used
+CARD, SHARE = 989e12, 0.4                                   # an H100's dense bf16 operations/s; the share assumed to be used
 PICTURES = 1281167                                          # of ImageNet's training set
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
-# published VAE: (spec, file, where it is from). REPA-E's IN-VAE and VA-VAE have 32 channels; LightningDiT's variants were trained as
-# IN-VAE was
+# published VAE: (spec, file, where it is from). REPA-E's IN-VAE and VA-VAE have 32 channels; LightningDiT's variants are taken
+# for the IN-VAEs of 16 and 64
 VARIANTS = "hf download hustvl/va-vae-imagenet256-experimental-variants --include 'ldm-*' --local-dir pretrained"
 PUBLISHED = dict(
     vavae=("f16d32", "pretrained/vavae/vavae-f16d32.pt", "hf download REPA-E/vavae --local-dir pretrained/vavae"),
@@ -49,10 +49,13 @@ VAES = {
 # table: [(row, the paper's numbers, VAE, flags of train_sit.py; in `probe` of probe.py)]
 B = "--size B"
 TABLES = dict(
-    system=[(f"{row}, {epochs} epochs, gFID without / with guidance", want, vae, f"--size XL --epochs {epochs}") for row, epochs, want, vae in (
-        ("Send-VAE", 80, "2.88 / 1.41", "sendvae"), ("Send-VAE", 800, "1.75 / 1.21", "sendvae"), ("E2E-VAE", 80, "3.46 / 1.67", "e2e-as-is"),
-        ("E2E-VAE", 800, "1.83 / 1.26", "e2e-as-is"), ("SD-VAE", 800, "5.90 / 1.42", "sdvae-as-is"))],
-    depth=[("depth 0", "9.20", "sendvae-clean-depth0", B), ("depth 1", "8.42", "sendvae-clean", B), ("depth 2", "9.47", "sendvae-clean-depth2", B)],
+    system=[("Send-VAE, 80 epochs, gFID without / with guidance", "2.88 / 1.41", "sendvae", "--size XL --epochs 80"),
+            ("Send-VAE, 800 epochs", "1.75 / 1.21", "sendvae", "--size XL --epochs 800"),
+            ("E2E-VAE, 80 epochs", "3.46 / 1.67", "e2e-as-is", "--size XL --epochs 80"),
+            ("E2E-VAE, 800 epochs", "1.83 / 1.26", "e2e-as-is", "--size XL --epochs 800"),
+            ("SD-VAE, 800 epochs", "5.90 / 1.42", "sdvae-as-is", "--size XL --epochs 800")],
+    depth=[("depth 0", "9.20", "sendvae-clean-depth0", B), ("depth 1", "8.42", "sendvae-clean", B),
+           ("depth 2", "9.47", "sendvae-clean-depth2", B)],
     noise=[("off", "8.42", "sendvae-clean", B), ("on", "7.57", "sendvae", B)],
     vfm=[("none", "11.40", "vavae-as-is", B), ("MAE", "10.01", "sendvae-mae-l", B), ("CLIP", "9.85", "sendvae-clip-l", B),
          ("I-JEPA", "9.70", "sendvae-ijepa-h", B), ("SigLIP", "9.10", "sendvae-siglip-b", B), ("DINOv2", "7.57", "sendvae", B),
@@ -67,10 +70,12 @@ TABLES = dict(
     probe=[("IN-VAE, F1 of CelebA / DeepFashion / AwA", ".6222 / .0786 / .5567", "invae-as-is", ""),
            ("VA-VAE", ".6347 / .1094 / .5948", "vavae-as-is", ""), ("E2E-VAE", ".6439 / .1177 / .6441", "e2e-as-is", ""),
            ("Send-VAE", ".6647 / .1385 / .6623", "sendvae", ""),
-           ("the four against gFID; runs/paper/gfid.csv has a line <VAE>,<gFID> for each: 17.43, 11.40, 8.96, 7.57 in the paper",
-            "r = -0.957 of DeepFashion's top-5 recall, over six VAEs", "invae-as-is vavae-as-is e2e-as-is sendvae", "--gfid runs/paper/gfid.csv")],
+           ("all against gFID; runs/paper/gfid.csv: a line <VAE>,<gFID> for each (17.43, 11.40, 8.96, 7.57 in the paper)",
+            "r = -0.957 of DeepFashion's top-5 recall, over six VAEs", "invae-as-is vavae-as-is e2e-as-is sendvae",
+            "--gfid runs/paper/gfid.csv")],
     reconstruction=[("IN-VAE, rFID / PSNR / LPIPS / SSIM", ".26 / 28.59 / .089 / .80", "invae-as-is", ""),
-                    ("VA-VAE", ".28 / 27.96 / .096 / .79", "vavae-as-is", ""), ("E2E-VAE", ".28 / 27.63 / .110 / .77", "e2e-as-is", ""),
+                    ("VA-VAE", ".28 / 27.96 / .096 / .79", "vavae-as-is", ""),
+                    ("E2E-VAE", ".28 / 27.63 / .110 / .77", "e2e-as-is", ""),
                     ("Send-VAE", ".31 / 27.62 / .101 / .77", "sendvae", "")])
 
 
@@ -113,7 +118,8 @@ def make_vae(name):
         return args, vae, None, None
     patch = args.mapper_patch or max(1, 16 // vae.factor)
     vfm = make_vfm(args.vfm, args.resolution, vae.latent_size // patch)
-    return args, vae, vfm, models.Mapper(vae.channels, vae.latent_size, patch, vfm.dim, max(1, vfm.dim // 64), args.mapper_depth)
+    mapper = models.Mapper(vae.channels, vae.latent_size, patch, vfm.dim, max(1, vfm.dim // 64), args.mapper_depth)
+    return args, vae, vfm, mapper
 
 
 def make_sit(vae, flags):
@@ -192,13 +198,16 @@ def downloads(table):
     else:
         yield f"by itself: {fid.WEIGHTS_URL}"
     if sits:
-        yield f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz" + f" and {ADM}/512/VIRTUAL_imagenet512.npz" * any("512" in v for v in names)
+        yield f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"
+    if any("512" in v for v in names):
+        yield f"{ADM}/512/VIRTUAL_imagenet512.npz"
 
 
 def describe(table):
     """The text of --paper."""
     yield from (f"# download: {line}" for line in downloads(table))
-    yield f"# GPU-hours are computed at {SHARE:.0%} of {CARD / 1e12:.0f} TFLOP/s, not measured. Rows share runs of the same name."
+    yield (f"# GPU-hours are computed at {SHARE:.0%} of {CARD / 1e12:.0f} TFLOP/s, not measured. Rows share runs of the same "
+           "name, which are done once.")
     for row, expected, vaes, flags in TABLES[table]:
         spent = hours(table, vaes, flags)
         yield f"\n# {table}, {row}. Paper: {expected}"

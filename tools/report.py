@@ -1,6 +1,6 @@
 """RESULTS.md and its figures from what tools/study.py left under its folder: `python -m tools.study --report`.
 
-Every number is read from a file of a run. What the numbers may mean cannot be: that is REMARKS, written by hand when they are in.
+Every number is read from a file of a run. What numbers mean cannot be: that is REMARKS, written by hand when they are in.
 """
 import glob
 import json
@@ -14,14 +14,14 @@ import common
 from common import say
 from probe import correlate
 
-# section: title, {VAE: the paper's gFID beside it, where it has one}, what of the paper that is, pairs (smaller, larger distance) as
-# the paper finds them or, where it is silent, as its claim would have them. <VAE>-repa are SiTs with the REPA loss on that VAE
+# section: title, {VAE: the paper's gFID beside it, where it has one}, what of the paper that is, pairs (smaller, larger
+# distance) as the paper finds them or, where it is silent, as its claim would have them. <VAE>-repa: SiTs with the REPA loss
 SECTIONS = {
     1: ("Alignment against none", dict(plain=11.40, send=7.57),
         "VA-VAE without and with alignment, SiT-B/1 with REPA, 80 epochs, as everywhere below", [("send", "plain")]),
     2: ("Noise injection", dict(no_noise=8.42, send=7.57), "noise off and on", [("send", "no_noise")]),
-    3: ("Mapper depth 0, 1, 2, and an MLP of as many parameters as depth 1", dict(depth0=9.20, send=8.42, depth2=9.47, mlp=None),
-        "depth 0, 1, 2, all without noise (ours have it)", [("send", "depth0"), ("send", "depth2"), ("send", "mlp")]),
+    3: ("Mapper depth 0, 1, 2, and an MLP of as many parameters as depth 1",
+        dict(depth0=9.20, send=8.42, depth2=9.47, mlp=None), "depth 0, 1, 2, all without noise (ours have it)", [("send", "depth0"), ("send", "depth2"), ("send", "mlp")]),
     4: ("Vision model: none, random weights, pre-trained", dict(plain=11.40, random_teacher=None, send=7.57), "none and DINOv2",
         [("send", "random_teacher")]),
     5: ("Latent channels 8, 16, 32",
@@ -41,14 +41,14 @@ SECTIONS = {
     12: ("The REPA loss in stage 2", {"plain": None, "plain-repa": 11.40, "send": None, "send-repa": 7.57}, "always with REPA",
          [("plain-repa", "plain"), ("send-repa", "send"), ("send-repa", "plain-repa")])}
 
-# section (8 and 9 too, or "machine"): what the numbers may mean; where a direction does not agree or is open, a guess at the cause
-# and the next experiment
+# section (8 and 9 too, or "machine"): what the numbers may mean; where a direction does not agree or is open, a guess at the
+# cause and the next experiment
 REMARKS = {}
 
-MEASURES = {"class probe": ("accuracy", ""), "attribute F1": ("F1 macro", "_attributes"), "Gini of density": ("Gini of density", ""),
-            "mixture of 8": ("mixture of 8", "")}           # of probe.py: (its name, which probe)
-SHAPES = {"PSNR": "psnr", "rank of channels": "rank_channels", "rank of latents": "rank_flat", "neighbours' correlation":
-          "neighbour_correlation", "widest / narrowest channel": "channel_spread"}           # of tools/judge.py
+PROBED = {"class probe": ("accuracy", ""), "attribute F1": ("F1 macro", "_attributes"),     # probe.py's name, which probe
+          "Gini of density": ("Gini of density", ""), "mixture of 8": ("mixture of 8", "")}
+JUDGED = {"PSNR": "psnr", "rank of channels": "rank_channels", "rank of latents": "rank_flat",  # tools/judge.py's name
+          "neighbours' correlation": "neighbour_correlation", "widest / narrowest channel": "channel_spread"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,15 +73,15 @@ class Results:
 
     def probe(self, vae, measure):
         """[value, low, high], or [value] where there is no interval, or None."""
-        name, kind = MEASURES[measure]
+        name, kind = PROBED[measure]
         found = read(f"{self.out}/probe_{vae}{kind}/result.json")
         rows = list(found["results"].values())[0].get(name, {}) if found else {}
         return next((v for k, v in rows.items() if k.endswith(f"vae_{vae}")), None)
 
     def measures(self, vae):
         """{measure: number or None} of a VAE, none of which needs a SiT."""
-        probed = {k: self.probe(vae, k) for k in MEASURES}
-        return dict({k: v and v[0] for k, v in probed.items()}, **{k: self.judged(vae, v) for k, v in SHAPES.items()})
+        probed = {k: self.probe(vae, k) for k in PROBED}
+        return dict({k: v and v[0] for k, v in probed.items()}, **{k: self.judged(vae, v) for k, v in JUDGED.items()})
 
     def speed(self, vae):
         path = f"{self.out}/vae_{vae}/metrics.jsonl"
@@ -147,48 +147,56 @@ def welch(smaller, larger):
     return float(np.mean(larger) - np.mean(smaller)), float(low), float(high)
 
 
+def lower(a, b):
+    return f"{abs(a / b - 1):.0%} {'lower' if a < b else 'higher'}"
+
+
 def verdict(results, smaller, larger, paper):
-    """-> (a sentence on whether `smaller` has the smaller distance, whether that is settled and as expected). The interval is the
-    widest there is: by what another seed of the VAE does to a run, else over SiT seeds."""
+    """-> (a sentence on whether `smaller` has the smaller distance, whether that is so beyond doubt). Of the intervals that there
+    are the last decides: over SiT seeds; over VAE seeds or, of a VAE with one seed, by the spread of the pair's VAE seeds."""
     a, b = (list(results.sets(v).values()) for v in (smaller, larger))
     if not a or not b:
         return f"- {smaller} against {larger}: not measured yet.", True
-    change = np.mean(a) / np.mean(b) - 1
-    text = f"- {smaller} {np.mean(a):.3g}, {larger} {np.mean(b):.3g}, {abs(change):.0%} {'lower' if change < 0 else 'higher'}"
-    if paper.get(smaller) and paper.get(larger):
-        theirs = paper[smaller] / paper[larger] - 1
-        text += f" (paper {abs(theirs):.0%} {'lower' if theirs < 0 else 'higher'})"
     difference, low, high = float(np.mean(b) - np.mean(a)), None, None
-    text += f": difference {difference:.3g}"
+    text = f"- {smaller} {np.mean(a):.3g}, {larger} {np.mean(b):.3g}, {lower(np.mean(a), np.mean(b))}"
+    if paper.get(smaller) and paper.get(larger):
+        text += f" (paper: {lower(paper[smaller], paper[larger])})"
+    text += f"; difference {difference:.3g}"
     if min(len(a), len(b)) > 1:
         _, low, high = welch(a, b)
-        text += f" [{low:.3g}, {high:.3g}] over SiT seeds"
-    if results.run_spread():
+        text += f", over SiT seeds [{low:.3g}, {high:.3g}]"
+    seeds = results.over_vae_seeds(smaller), results.over_vae_seeds(larger)
+    if min(map(len, seeds)) > 1:
+        difference, low, high = welch(*seeds)
+        text += f"; over VAE seeds ({len(seeds[0])} and {len(seeds[1])}) {difference:.3g} [{low:.3g}, {high:.3g}]"
+    elif results.run_spread():
         deviation, free = results.run_spread()
         half = stats.t.ppf(0.975, free) * deviation * 2 ** 0.5
         low, high = difference - half, difference + half
-        text += f"{',' if 'over' in text else ''} [{low:.3g}, {high:.3g}] by the spread of VAE seeds"
+        text += f"; by the spread of VAE seeds [{low:.3g}, {high:.3g}]"
     if low is None:
-        good, word = difference > 0, f"{'agrees' if difference > 0 else 'does not agree'}, but with one seed there is no interval"
-    else:
-        good, word = low > 0, "agrees" if low > 0 else "does not agree" if high < 0 else "is open: the interval holds 0"
-    return f"{text}; the direction {word}.", good
+        word = f"{'agrees' if difference > 0 else 'does not agree'}, but with one seed there is no interval"
+        return f"{text}. The direction {word}.", difference > 0
+    word = "agrees" if low > 0 else "does not agree" if high < 0 else "is open: the interval holds 0"
+    return f"{text}. The direction {word}.", low > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts of the page
 
 def provenance(results):
-    """One line on machine, versions and dates, as the runs wrote them down."""
-    found = [read(path)["provenance"] for path in sorted(glob.glob(f"{results.out}/*/config.json"))]
-    kinds = {read(path)["settings"]["precision"] for path in glob.glob(f"{results.out}/samples/*.json")}
+    """A paragraph on machine, versions and dates, as the runs wrote them down."""
+    found = [read(path)["provenance"] for path in glob.glob(f"{results.out}/*/config.json")]
+    precision = {read(path)["settings"]["precision"] for path in glob.glob(f"{results.out}/samples/*.json")}
     if not found:
         return "No run has left its record yet."
     dates = sorted(f["date"][:10] for f in found)
-    text = (f"{len(found)} training runs, {dates[0]} to {dates[-1]}, on: {'; '.join(sorted({f['device'] for f in found}))} a process; torch "
-            f"{', '.join(sorted({f['torch'] for f in found}))}; {', '.join(sorted(kinds)) or 'no samples yet'}; commits "
-            f"{', '.join(sorted({(f['commit'] or 'unknown')[:7] for f in found}))}{' (edited)' if any(f['dirty'] for f in found) else ''}.")
-    return f"{text} {REMARKS.get('machine', '')}".strip()
+    devices, versions, commits = (", ".join(sorted({str(f[k])[:n] for f in found})) for k, n in (
+        ("device", None), ("torch", None), ("commit", 7)))
+    edited = " (with edits)" * any(f["dirty"] for f in found)
+    kinds = ", ".join(sorted(precision)) or "no samples yet"
+    return (f"{len(found)} training runs, {dates[0]} to {dates[-1]}, on: {devices} a process; torch {versions}; {kinds}; commits "
+            f"{commits}{edited}. {REMARKS.get('machine', '')}").strip()
 
 
 def existing(results, vaes):
@@ -201,14 +209,14 @@ def existing(results, vaes):
 
 
 def table(results, paper):
-    yield from head("VAE", "paper's gFID", "distance, classifier", "distance, target's own", "class probe, %", "attribute F1", "PSNR, dB",
-                    "floor, classifier", "floor, target's own")
+    yield from head("VAE", "paper's gFID", "distance, classifier", "distance, target's own", "class probe, %", "attribute F1",
+                    "PSNR, dB", "floor, classifier", "floor, target's own")
     for v, theirs in paper.items():
         probed = results.probe(v, "class probe")
-        yield row(v, cell(theirs, ".2f"), interval(results.sets(v).values()), interval(results.sets(v, key="target").values()),
-                  cell(probed and [100 * x for x in probed], ".1f"), cell(results.probe(v, "attribute F1"), ".3f"),
-                  cell(results.judged(v, "psnr"), ".2f"), cell(results.judged(v, "reconstruction_classifier")),
-                  cell(results.judged(v, "reconstruction_target")))
+        distances = (interval(results.sets(v, key=k).values()) for k in ("classifier", "target"))
+        yield row(v, cell(theirs, ".2f"), *distances, cell(probed and [100 * x for x in probed], ".1f"),
+                  cell(results.probe(v, "attribute F1"), ".3f"), cell(results.judged(v, "psnr"), ".2f"),
+                  *(cell(results.judged(v, f"reconstruction_{k}")) for k in ("classifier", "target")))
 
 
 def along_training(results):
@@ -220,12 +228,13 @@ def along_training(results):
             yield row(f"{v}, {key}", *(interval(results.sets(v, n, key).values()) for n in points))
         sets = [[list(results.sets(v, n, key).values()) for v in ("send", "plain")] for n in points]
         yield row(f"plain - send, {key}", *(cell(welch(*pair)) if min(map(len, pair)) > 1 else "-" for pair in sets))
-    yield from ["", f"Guided (scale 1.5), and how often the classifier agrees with the label a sample was drawn for, at step {last}:", ""]
-    yield from head("VAE", "distance, guided", "target's own, guided", "agreement, %", "agreement guided, %")
+    yield from ["", f"With guidance (scale 1.5), at step {last}, and how often the classifier tells a sample as the class it was "
+                "drawn for:", ""]
+    yield from head("VAE", "classifier, guided", "target, guided", "told, %", "told, guided, %")
     for v in ("plain", "send"):
-        told = ({k: 100 * x for k, x in results.sets(v, last, "told", s).items()} for s in ("", "-guided"))
-        yield row(v, *(interval(results.sets(v, last, k, "-guided").values()) for k in ("classifier", "target")),
-                  *(interval(t.values()) for t in told))
+        told = ([100 * x for x in results.sets(v, last, "told", suffix).values()] for suffix in ("", "-guided"))
+        guided = (results.sets(v, last, key, "-guided").values() for key in ("classifier", "target"))
+        yield row(v, *map(interval, (*guided, *told)))
     yield from ["", speed_up(results), ""]
 
 
@@ -243,49 +252,51 @@ def speed_up(results):
                 break
     if not reached:
         return "No two points of `send` enclose `plain`'s last distance: no speed-up can be given."
-    return (f"`send` reaches `plain`'s distance of step {last} ({np.mean(goal):.3g}) at step {interval(reached)}, {len(reached)} of "
-            f"{len(curves)} SiTs: {interval([last / n for n in reached])} times faster. The paper gives no such number; its figures at 80 "
-            "epochs are above.")
+    times = interval([last / n for n in reached])
+    return (f"`send` reaches `plain`'s distance of step {last} ({np.mean(goal):.3g}) at step {interval(reached)}, "
+            f"{len(reached)} of {len(curves)} SiTs: {times} times faster.")
 
 
 def spreads(results):
-    """Section 10: what the draw, the SiT's seed and the VAE's seed do, each alone, and the main pair over VAE seeds."""
+    """Section 10: what the draw, the SiT's seed and the VAE's seed do."""
     last, compare, pair = results.points[-1], results.compare, ("plain", "send")
     drawn = []
-    for v in pair:                                          # two sets of one SiT differ by sqrt(2) standard deviations of the draw
+    for v in pair:                                          # two sets of one SiT differ by sqrt(2) deviations of the draw
         first, again = results.sets(v, last), results.sets(v, last, suffix="-again")
         apart = [first[s] - again[s] for s in first if s in again]
         drawn.append(f"{np.sqrt(np.mean(np.square(apart)) / 2):.2g} ({len(apart)} pairs)" if apart else "-")
-    yield from ["Standard deviation of the distance in the classifier's features (number of values) when one thing alone changes; each "
-                "row's holds those above it:", ""]
+    yield from ["Standard deviation of the distance in the classifier's features (number of values). Another seed of the SiT "
+                "is another draw too, another seed of the VAE both:", ""]
     yield from head("what changes", "SiT steps", *pair)
     yield row("the draw of 1,000 samples", last, *drawn)
     yield row("seed of the SiT", last, *(spread(list(results.sets(v, last).values())) for v in pair))
     yield row("seed of the SiT", compare, *(spread(list(results.sets(v).values())) for v in pair))
     yield row("seed of the VAE's tuning, one SiT each", compare, *(spread(results.over_vae_seeds(v, 0)) for v in pair))
     yield row("seed of the VAE's tuning, mean of its SiTs", compare, *(spread(results.over_vae_seeds(v)) for v in pair))
-    plain, send = map(results.over_vae_seeds, pair)
-    yield ""
-    if min(len(plain), len(send)) < 2:
-        yield f"Over VAE seeds: not measured yet ({len(plain)} of plain, {len(send)} of send)."
-    else:
-        difference, low, high = welch(send, plain)
-        word = "agrees" if low > 0 else "does not agree" if high < 0 else "is open: the interval holds 0"
-        yield (f"Over VAE seeds, a value for each VAE: plain {interval(plain)}, send {interval(send)}, difference {difference:.3g} "
-               f"[{low:.3g}, {high:.3g}]; the direction {word}. All are tuned from one `base`.")
+    means = ", ".join(f"{v} {interval(results.over_vae_seeds(v))}" for v in pair)
+    yield from ["", f"A value for each VAE, the mean of its SiTs: {means}. All are tuned from one `base`; the difference stands "
+                "in section 1."]
+
+
+def baselines(results):
+    """The class probe without a VAE."""
+    found = read(f"{results.out}/probe_plain/result.json")
+    rows = list(found["results"].values())[0]["accuracy"] if found else {}
+    rows = [f"{k} {100 * v[0]:.1f}%" for k, v in rows.items() if "vae_" not in k]
+    return f"Class probe without a VAE: {', '.join(rows)}." if rows else ""
 
 
 def predictors(results, vaes):
     """Section 8's table: correlations with the distance, over all VAEs and among the aligned ones."""
     distances = {v: float(np.mean(list(results.sets(v).values()))) for v in vaes if results.sets(v)}
     rows = {v: results.measures(v) for v in distances}
-    yield (f"Pearson's and Spearman's correlation with the distance at step {results.compare} (classifier's features), [95% interval over "
-           "resampled VAEs], (number of VAEs). Aligned: without plain VAEs and without the controls of sections 4 and 10. The paper: "
-           "-0.957 (Pearson) between DeepFashion top-5 recall and gFID over six VAEs.")
+    yield (f"Pearson's and Spearman's correlation with the distance at step {results.compare} (classifier's features), [95% "
+           "interval over resampled VAEs], (number of VAEs). Aligned: without plain VAEs and without the controls of sections 4 and "
+           "10. Paper: -0.957 (Pearson) between DeepFashion top-5 recall and gFID over six VAEs. " + baselines(results))
     yield ""
     yield from head("measure", "all: Pearson", "all: Spearman", "aligned: Pearson", "aligned: Spearman")
     groups, strength = (list(rows), [v for v in rows if results.kind(v) == "aligned"]), ({}, {})
-    for measure in (*MEASURES, *SHAPES):
+    for measure in (*PROBED, *JUDGED):
         cells = []
         for group, best in zip(groups, strength):
             known = [v for v in group if rows[v][measure] is not None]
@@ -299,24 +310,26 @@ def predictors(results, vaes):
     yield ""
     for best, name in zip(strength, ("all", "aligned")):
         if best:
-            yield f"Ranks {name} VAEs best (largest |Spearman|): {max(best, key=best.get)}, {max(best.values()):.2f}."
+            yield f"- Ranks {name} VAEs best (largest |Spearman|): {max(best, key=best.get)}, {max(best.values()):.2f}."
 
 
 def costs(results, vaes):
     yield from head("VAE", "PSNR, dB", "SSIM", "pictures/s in training")
     for v in vaes:
         if results.judged(v, "psnr"):
-            yield row(v, cell(results.judged(v, "psnr"), ".2f"), cell(results.judged(v, "ssim"), ".3f"), cell(results.speed(v), ".1f"))
+            quality = cell(results.judged(v, "psnr"), ".2f"), cell(results.judged(v, "ssim"), ".3f")
+            yield row(v, *quality, cell(results.speed(v), ".1f"))
     yield ""
     if all(results.judged(v, "psnr") and results.speed(v) for v in ("plain", "send")):
         psnr, ssim = (results.judged("send", k) - results.judged("plain", k) for k in ("psnr", "ssim"))
-        yield (f"Alignment: PSNR {psnr:+.2f} dB, SSIM {ssim:+.3f}, {results.speed('plain') / results.speed('send'):.2f} times the time per "
-               "step. Paper: PSNR 27.96 -> 27.62 (-0.34 dB), SSIM .79 -> .77; it gives no times.")
+        times = results.speed("plain") / results.speed("send")
+        yield (f"Alignment: PSNR {psnr:+.2f} dB, SSIM {ssim:+.3f}, {times:.2f} times the time per step. Paper: PSNR 27.96 -> "
+               "27.62 (-0.34 dB), SSIM .79 -> .77; it gives no times.")
     yield "Several runs shared the machine at a time, so pictures/s (medians over each run) compare roughly only."
 
 
 def shapes(results, vaes):
-    yield from head("VAE", "distance, classifier", *MEASURES, *SHAPES)
+    yield from head("VAE", "distance, classifier", *PROBED, *JUDGED)
     for v in vaes:
         values = results.measures(v)
         if any(x is not None for x in values.values()):
@@ -333,7 +346,7 @@ def held_quality(results):
 
 
 def attribute_table(classes, attributes):
-    yield from ["## The attribute table", "", "AwA's manner: true of most members of a class, whether or not a picture shows it.", ""]
+    yield from ["## The attribute table", "", "AwA's manner: true of most of a class, whether or not a picture shows it.", ""]
     yield from head("attribute", "classes")
     for a, bits in attributes.items():
         yield row(a.replace("_", " "), ", ".join(c for c, bit in zip(classes, bits) if bit == "1"))
@@ -379,12 +392,26 @@ def save(image, path):
         image.save(file, "PNG")
 
 
+def stack(paths, path):
+    """Pictures one above the other -> whether all were there."""
+    if not all(map(os.path.exists, paths)):
+        return False
+    pictures = [Image.open(p) for p in paths]
+    canvas, top = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + 16 for p in pictures)), "white"), 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height + 16
+    save(canvas, path)
+    return True
+
+
 def draw_curves(results, path):
     """Distance over SiT steps of the main pair, a dot for each SiT seed."""
-    series = {label: (colour, [(n, d, "") for n in results.points for d in results.sets(v, n).values()]) for v, label, colour in (
-        ("plain", "the same VAE, no alignment", "firebrick"), ("send", "Send-VAE", "navy"))}
-    save(chart("Frechet distance of samples, in an independent classifier's features (smaller is better)", "SiT training steps", "", series,
-               line=True, zero="xy"), path)
+    series = {}
+    for v, label, colour in (("plain", "the same VAE, no alignment", "firebrick"), ("send", "Send-VAE", "navy")):
+        series[label] = colour, [(n, d, "") for n in results.points for d in results.sets(v, n).values()]
+    title = "Frechet distance of samples, in an independent classifier's features (smaller is better)"
+    save(chart(title, "SiT training steps", "", series, line=True, zero="xy"), path)
 
 
 def draw_probe(results, vaes, path):
@@ -395,8 +422,8 @@ def draw_probe(results, vaes, path):
             point = (100 * results.probe(v, "class probe")[0], float(np.mean(list(results.sets(v).values()))), v)
             series[results.kind(v)][1].append(point)
     names = dict(none="no alignment", control="control", aligned="aligned")
-    save(chart(f"Distance of samples at step {results.compare}, a dot for each VAE", "class probe, %", "", {
-        names[k]: v for k, v in series.items() if v[1]}), path)
+    series = {names[kind]: found for kind, found in series.items() if found[1]}
+    save(chart(f"Distance of samples at step {results.compare}, a dot for each VAE", "class probe, %", "", series), path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,7 +434,8 @@ def section(results, number, unsettled):
     title, paper, what, pairs = SECTIONS[number]
     yield from [f"## {number}. {title}", ""]
     if not any(results.sets(v) for v in paper if v not in ("plain", "send") or number == 1):
-        yield from [f"Not measured yet. Paper: {what}.", ""]
+        theirs = ", ".join(f"{v} {gfid:.2f}" for v, gfid in paper.items() if gfid)
+        yield from [f"Not measured yet. Paper: {theirs and theirs + ', '}{what}.", ""]
         return
     found = [verdict(results, *pair, paper) for pair in pairs]
     yield from [*table(results, paper), "", f"Paper: {what}.", "", *(text for text, _ in found), ""]
@@ -423,20 +451,22 @@ def intro(args, results, size, vaes):
     return [
         "# Results of the small-scale study", "",
         f"Written by `python -m tools.study{' --quick' * args.quick} --report`; every number is read from the runs' files.", "",
-        f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures from scratch "
-        f"(`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` with one thing "
-        "changed, `_s1` and `_s2` another seed of the tuning. SiT of depth 6, width 192, patch 2, steps of 64, no REPA unless named; 1,000 "
-        f"samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}.", "",
-        "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment target's own "
-        "pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test pictures. ± is half a 95% "
-        "t-interval over SiT seeds (their number).", "",
-        "A direction agrees where the interval of the difference lies on the side that the paper, or where it is silent its claim, expects. "
-        "An interval over SiT seeds is about the two VAEs at hand; one by the spread of VAE seeds (section 10) is about VAEs trained so.",
-        "", provenance(results), "", *existing(results, vaes), ""]
+        f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures "
+        f"from scratch (`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` "
+        "with one thing changed, `_s1` and `_s2` another seed of the tuning. SiT of depth 6, width 192, patch 2, steps of 64, no "
+        "REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step "
+        f"{size['compare']}.", "",
+        "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment "
+        "target's own pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test "
+        "pictures. ± is half a 95% t-interval over SiT seeds (their number).", "",
+        "A direction agrees where the interval of the difference lies on the side that the paper, or where it is silent its "
+        "claim, expects; no interval is widened for the number of comparisons. One over SiT seeds is about the two VAEs at hand; "
+        "one over VAE seeds, or by their spread in section 10, is about VAEs trained so.", "",
+        provenance(results), "", *existing(results, vaes), ""]
 
 
 def write(args, out, size, vaes, classes, attributes, path):
-    """All of the above to `path`, its figures to docs/ (--quick: section 1 and costs only, figures to `out`)."""
+    """All of the above to `path`, figures to docs/ (--quick: sections 1 and 9 only, the figure to `out`)."""
     results, unsettled = Results(out, size["points"], size["compare"]), []
     lines = [*intro(args, results, size, vaes), *section(results, 1, unsettled)]
     paired = results.sets("plain") and results.sets("send")
@@ -454,12 +484,19 @@ def write(args, out, size, vaes, classes, attributes, path):
         lines += remark(8)
     lines += ["## 9. What does it cost?", "", *costs(results, vaes), "", *remark(9)]
     if not args.quick:
-        lines += [*section(results, 10, unsettled), held_quality(results), "", *spreads(results), "", "What the latents are like:", "",
-                  *shapes(results, vaes), "", *remark(10)]
+        lines += [*section(results, 10, unsettled), held_quality(results), "", *spreads(results), ""]
+        lines += ["What the latents are like:", "", *shapes(results, vaes), ""]
+        if stack([f"{out}/latents.png"], "docs/latents.png"):
+            lines += ["Test pictures in the plane of most variance of the latents, a colour a class:", "",
+                      "![](docs/latents.png)", ""]
+        if stack([f"{out}/judged/{v}-path.png" for v in ("plain", "send")], "docs/paths.png"):
+            lines += ["Straight lines between the latents of two test pictures (the outer columns), decoded; `plain` above "
+                      "`send`:", "", "![](docs/paths.png)", ""]
+        lines += remark(10)
         for number in (11, 12):
             lines += [*section(results, number, unsettled), *remark(number)]
         lines += attribute_table(classes, attributes)
     with common.writing(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     lacking = [n for n in unsettled if n not in REMARKS]
-    say(f"written   {path}" + (f"; a direction is open or does not agree in sections {lacking}, write REMARKS" if lacking else ""))
+    say(f"written   {path}" + f"; a direction is open or does not agree in sections {lacking}, write REMARKS" * bool(lacking))
