@@ -199,6 +199,16 @@ def test_report_has_means_intervals_and_speed_up(inside):
     assert "- 3 SiT seeds: plain, send" in text and Image.open("docs/study.png").size == (720, 400)
 
 
+def test_no_speed_up_where_the_first_point_is_below_already(inside):
+    left_by({("plain", 0, 100, ""): 4.0, ("plain", 0, 300, ""): 3.0, ("send", 0, 100, ""): 2.0, ("send", 0, 300, ""): 1.0})
+    assert "No speed-up can be given: of 1 SiTs on `send`, 1 are at `plain`'s distance of step 300" in written(points=(100, 300))
+
+
+@pytest.mark.parametrize("low,high,expected", [(0, 21, [0, 5, 10, 15, 20]), (0.39, 0.57, [0.4, 0.45, 0.5, 0.55]), (-3, 3, range(-3, 4))])
+def test_axes_have_round_numbers(low, high, expected):
+    assert report.ticks(low, high) == pytest.approx(list(expected))
+
+
 def test_quick_report_has_section_1_and_costs_only(inside):
     left_by({(vae, 0, n, s): 3.0 for vae in ("plain", "send") for n in (100, 300) for s in ("", "-guided", "-again")})
     text = written(quick=True, points=(100, 300))

@@ -250,8 +250,10 @@ def speed_up(results):
             if d1 <= np.mean(goal) < d0:
                 reached.append(n0 + (n1 - n0) * (d0 - np.mean(goal)) / (d0 - d1))
                 break
-    if not reached:
-        return "No two points of `send` enclose `plain`'s last distance: no speed-up can be given."
+    early = sum(points[0][1] <= np.mean(goal) for points in curves if goal)
+    if early or not reached:
+        return (f"No speed-up can be given: of {len(curves)} SiTs on `send`, {early} are at `plain`'s distance of step {last} or below "
+                f"it at the first point already, {len(reached)} get there between two points.")
     times = interval([last / n for n in reached])
     return (f"`send` reaches `plain`'s distance of step {last} ({np.mean(goal):.3g}) at step {interval(reached)}, "
             f"{len(reached)} of {len(curves)} SiTs: {times} times faster.")
@@ -355,6 +357,13 @@ def attribute_table(classes, attributes):
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
+def ticks(low, high):
+    """Round numbers between the two, three to seven: steps of 1, 2 or 5 times a power of ten."""
+    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-9) / 6))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (k * step) <= 6)
+    return np.arange(np.ceil(low / step), high / step + 1e-9) * step
+
+
 def chart(title, x_label, y_label, series, line=False, zero=(), size=(720, 400)):
     """PIL image of dots: series {label: (colour, [(x, y, name)])}. With `line` the means over equal x are joined; axes named in
     `zero` begin at 0."""
@@ -368,10 +377,10 @@ def chart(title, x_label, y_label, series, line=False, zero=(), size=(720, 400))
     def at(x, y):
         return (left + (right - left) * (x - low[0]) / max(high[0] - low[0], 1e-9),
                 bottom - (bottom - top) * (y - low[1]) / max(high[1] - low[1], 1e-9))
-    for y in np.linspace(low[1], high[1], 5):
+    for y in ticks(low[1], high[1]):
         pen.line((*at(low[0], y), *at(high[0], y)), "lightgrey")
         pen.text((10, at(0, y)[1] - 6), f"{y:.3g}", "black")
-    for x in sorted({p[0] for p in points}) if line else np.linspace(low[0], high[0], 5):
+    for x in sorted({p[0] for p in points}) if line else ticks(low[0], high[0]):
         pen.text((at(x, 0)[0] - 10, bottom + 6), f"{x:.4g}", "black")
     pen.text((left, 6), title, "black")
     pen.text((10, 22), y_label, "black")
