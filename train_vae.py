@@ -64,6 +64,7 @@ def parse_arguments(argv=None):
     g.add_argument("--mapper-heads", type=int, help="default: one for every 64 of its width")
     g.add_argument("--mapper-patch", type=int, help="default: 16 / factor, at least 1")
     g.add_argument("--no-noise", dest="noise", action="store_false", help="mapper sees clean latents (ablation)")
+    g.add_argument("--noise-kind", choices=["flow", "constant"], default="flow", help="t uniform in (0,1), or 0.5 always (ablation)")
     g.add_argument("--shuffle-targets", action="store_true", help="control: align to the vision features of another picture, "
                    "the same one in every epoch")
     g = p.add_argument_group("loss weights (0 switches a term off and does not build its network)")
@@ -127,6 +128,12 @@ class Projection(nn.Conv2d):
 
     def forward(self, z, t=None, noise=None):
         return super().forward(z).flatten(2).mT
+
+
+def mapper_times(seed, position, kind):
+    """t (B,) of the noise that the mapper sees."""
+    t = uniform(seed, "mapper time", position)
+    return t if kind == "flow" else torch.full_like(t, 0.5)
 
 
 def kl_loss(mean, logvar):
@@ -195,7 +202,7 @@ def validate(net, vfm, data, args, device, precision):
             y = common.to_uint8(net.vae.decode(mean)).float()
             if vfm is not None:
                 z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
-                t = uniform(1, "mapper time", position) if args.noise else None
+                t = mapper_times(1, position, args.noise_kind) if args.noise else None
                 tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]) if args.noise else None)
                 sums[1] += align_loss(tokens, vfm(x)) * len(x)         # of either kind of alignment
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
@@ -433,7 +440,7 @@ def main():
             shape = (vae.channels, vae.latent_size, vae.latent_size)
             t = mapper_noise = None
             if mapper is not None and args.noise:
-                t = uniform(args.seed, "mapper time", position)
+                t = mapper_times(args.seed, position, args.noise_kind)
                 mapper_noise = normal(args.seed, "mapper noise", position, shape)
             last = i == args.accum - 1
             with common.autocast(device, precision), common.sync_gradients(forward, last):

@@ -3,22 +3,26 @@ vision model's own, and what a VAE's latents and reconstructions are like.
 
     python -m tools.judge classifier --data data/cifar10 --out runs/study/classifier.pt
     python -m tools.judge samples runs/study/a.npz b.npz --data data/cifar10 --classifier runs/study/classifier.pt ...
-    python -m tools.judge vae runs/study/send --data data/cifar10 --classifier runs/study/classifier.pt ...
+    python -m tools.judge vae runs/study/vae_send --data data/cifar10 --classifier runs/study/classifier.pt ...
+    python -m tools.judge latents runs/study/vae_plain runs/study/vae_send --data data/cifar10 --out latents.png
 
 Frechet distances are of the classifier's 128 pooled features and of the vision model's pooled tokens: neither is FID. The result
 goes to --out as JSON, that of samples beside each set. --data is a folder with train/ and test/ in ImageNet's layout.
 """
 import argparse
+import colorsys
 import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import fid
 from common import say
 from models import VFM, UserError, load_vae, read_weights, state_hash
+from tools import report
 
 
 class Classifier(nn.Module):
@@ -161,10 +165,37 @@ def draw_path(vae, pictures, path):
     common.save_grid(path, rows)
 
 
+@torch.no_grad()
+def draw_latents(args):
+    """A panel for each VAE: test pictures in the plane of most variance of flattened, normalised latents, a colour a class."""
+    panels = []
+    for path in args.paths:
+        vae = load_vae(path)
+        pictures = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
+        z = [vae.encode(common.from_uint8(x))[0] for _, x in pictures.batches(torch.device("cpu"), 0)]
+        places, share = principal_plane(vae.normalize(torch.cat(z)).flatten(1).double())
+        labels, names = pictures.set.labels[pictures.chosen], pictures.set.classes
+        colours = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / len(names), 1, 0.8)) for k in range(len(names))]
+        series = {name: (colours[k], [(*xy, "") for xy in places[labels == k].tolist()]) for k, name in enumerate(names)}
+        panels.append(report.chart(os.path.basename(os.path.normpath(path)), f"first axis, {share[0]:.1%} of the variance",
+                                   f"second axis, {share[1]:.1%}", series, size=(640, 560)))
+    canvas = Image.new("RGB", (640 * len(panels), 560))
+    for i, panel in enumerate(panels):
+        canvas.paste(panel, (640 * i, 0))
+    report.save(canvas, args.out)
+
+
+def principal_plane(x):
+    """Points (n,D) -> their places on the first two principal axes (n,2), and the shares of variance of these (2,)."""
+    x = x - x.mean(0)
+    values, axes = torch.linalg.eigh(x.T @ x)
+    return x @ axes[:, [-1, -2]], values[[-1, -2]] / values.sum()
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["classifier", "samples", "vae"])
-    p.add_argument("paths", nargs="*", help="samples: .npz files; vae: its folder")
+    p.add_argument("what", choices=["classifier", "samples", "vae", "latents"])
+    p.add_argument("paths", nargs="*", help="samples: .npz files; vae, latents: folders")
     p.add_argument("--data", required=True)
     p.add_argument("--classifier")
     p.add_argument("--vfm")
@@ -172,11 +203,11 @@ def main():
     p.add_argument("--vfm-stride", type=int)
     p.add_argument("--grid", type=int, default=8, help="side of its token grid")
     p.add_argument("--size", type=int, default=32)
-    p.add_argument("--num", type=int, default=2000, help="test pictures to judge a VAE with")
+    p.add_argument("--num", type=int, default=2000, help="test pictures to judge VAEs with")
     p.add_argument("--real", type=int, default=10000, help="training pictures that samples are compared with, evenly spaced")
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", help="classifier: .pt; vae: .json")
+    p.add_argument("--out", help="classifier: .pt; vae: .json; latents: .png")
     args = p.parse_args()
     common.setup("cpu")
     if args.what == "classifier":
@@ -185,6 +216,8 @@ def main():
         raise UserError(f"{args.what}: name what to judge")
     if args.what == "samples":
         return judge_samples(args)
+    if args.what == "latents":
+        return draw_latents(args)
     common.write_json(args.out, judge_vae(args))
 
 
