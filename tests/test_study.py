@@ -84,12 +84,13 @@ def test_a_job_that_fails_takes_its_followers_with_it_and_no_others(inside):
     assert "why" in open("out/log/broken.txt").read()
 
 
-def test_done_products_are_skipped_and_a_folder_is_marked_when_its_command_has_ended(inside):
-    os.makedirs("out/log"), os.makedirs("out/done")
+def test_done_products_are_skipped_and_a_run_that_a_signal_stopped_is_not_done(inside):
+    os.makedirs("out/log"), os.makedirs("out/vae/checkpoints")
     note = "open('order', 'a').write('{} ')"
-    jobs = {"job": ([], [(python_that(note.format(1)), "there"), (python_that(note.format(2)), "out/done/run")])}
+    jobs = {"job": ([], [(python_that(note.format(1)), "there"), (python_that(note.format(2)), "out/vae/checkpoints/5.pt")])}
     open("there", "w").close()
-    assert study.run_jobs(jobs, 1, 1, "out") == [] and open("order").read() == "2 " and os.path.exists("out/done/run")
+    assert study.run_jobs(jobs, 1, 1, "out") == ["job"] and open("order").read() == "2 "       # it ended well, without its last step
+    open("out/vae/checkpoints/5.pt", "w").close()
     assert study.run_jobs(jobs, 1, 1, "out") == [] and open("order").read() == "2 "
 
 

@@ -32,7 +32,7 @@ SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
 # VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` only
-SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 1500), compare=750),
+SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000), compare=750),
              quick=dict(base=2000, tune=1500, points=(250, 500), compare=500))
 
 # question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps
@@ -94,7 +94,7 @@ def plan(args, out, size):
         elif "--vfm " in flags:
             flags += teacher
         command = f"train_vae.py {data} {TRAIN} {flags.format(out=out)} {start}--steps {steps} --lr {rate} --out {out}/vae_{name}"
-        jobs[f"vae {name}"] = after, [(command, f"{out}/done/vae_{name}")]
+        jobs[f"vae {name}"] = after, [(command, f"{out}/vae_{name}/checkpoints/{steps:09d}.pt")]
 
     def add_judge(vae):
         names = f"--vae {out}/vae_{vae} --train-images 10000 --pictures 0 --workers 1"
@@ -165,8 +165,9 @@ def run_job(name, commands, threads, out):
         if code:
             say(f"failed    {name}: see {log.name}")
             return False
-        if "/done/" in product:
-            common.write_json(product, command)
+        if "/checkpoints/" in product and not os.path.exists(product):         # a run that a signal stopped ends well too
+            say(f"stopped   {name}; the same command goes on")
+            return False
     say(f"done      {name}")
     return True
 
