@@ -109,7 +109,7 @@ def load_pair(sit_path, vae_path, device, ema=True):
     latent statistics it was trained with, which then count."""
     sit = load_sit(sit_path, device, ema)
     where = vae_path or sit.info["vae_path"]
-    if not where or not vae_path and not os.path.exists(where):
+    if not where or not vae_path and not where.startswith("hf:") and not os.path.exists(where):
         raise UserError(f"{sit_path} was trained on the VAE {where or 'of its paper'}, which is not there; name it with --vae")
     vae = load_vae(where, device)
     if sit.info["vae_hash"] is None:
