@@ -4,6 +4,7 @@ Randomness: every draw is a pure function of (seed, name of the draw, position o
 stream of samples), computed on the device it is needed on. Nothing depends on the number of processes, the batch
 split, or on what was drawn before; hence there is no generator state to save.
 """
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -30,7 +31,7 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from models import UserError, content_hash, first_line, intact, state_hash
+from models import UserError, content_hash, first_line, intact, reading, state_hash
 
 
 def run(main):
@@ -117,17 +118,63 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def natural(text, least=0):
+    """A flag's whole number."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return int(text)
+
+
+def positive(text):
+    return natural(text, least=1)
+
+
 def add_run_arguments(parser):
     """The flags that mean the same in every stage."""
     group = parser.add_argument_group("machine")
     group.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
                        help="autocast type; auto: bf16 where the hardware has bf16 matrix products, else fp32")
-    group.add_argument("--compile", action="store_true", default=None, help="torch.compile (default: on CUDA)")
-    group.add_argument("--no-compile", dest="compile", action="store_false")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     group.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     group.add_argument("--timeout", type=float, default=1800, help="seconds until a process gives up waiting for the others")
-    group.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores, up to 8)")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--workers", type=natural, help="loader processes per process (default: its share of the cores, up to 8)")
+    group.add_argument("--seed", type=natural, default=0)
+
+
+def add_training_arguments(parser, out, batch_size, epochs, lr, ema, log_every, sample_every, save_every, fid, fid_ref):
+    """The flags that mean the same in both training stages."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch-size", type=positive, default=batch_size, help="global, pictures a step")
+    g.add_argument("--accum", type=positive, default=1, help="forward passes a step; a batch norm sees one at a time")
+    g.add_argument("--epochs", type=float, default=epochs)
+    g.add_argument("--steps", type=positive, help="instead of --epochs")
+    g.add_argument("--lr", type=float, default=lr)
+    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
+    g.add_argument("--warmup", type=natural, default=0, help="steps")
+    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    g.add_argument("--ema", type=float, default=ema, help="decay of the weights that are published; 0: the raw ones")
+    g.add_argument("--grad-checkpoint", action="store_true", help="less memory, about a third more time")
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", default=out)
+    g.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
+    g.add_argument("--log-every", type=positive, default=log_every, help="steps")
+    g.add_argument("--sample-every", type=positive, default=sample_every, help="steps between pictures in samples/")
+    g.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints; the last two are kept")
+    g.add_argument("--keep-every", type=natural, default=0, help="steps between checkpoints that stay for good; 0: none")
+    g.add_argument("--max-bad-steps", type=natural, default=10, help="stop after more steps in a row whose loss is not finite")
+    g = parser.add_argument_group(f"{fid} during training")
+    g.add_argument("--fid-every", type=natural, default=0, help="steps; 0: never")
+    g.add_argument("--fid-num", type=positive, default=5000, help="pictures; few pictures give a higher FID than 50,000")
+    g.add_argument("--fid-ref", help=f"reference as for fid.py (default: {fid_ref})")
+    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
+    add_run_arguments(parser)
+
+
+# Of these, the flags that may change between a run and its resumption
+FREE = {"accum", "epochs", "steps", "grad_checkpoint", "out", "overwrite", "resume", "log_every", "sample_every", "save_every",
+        "keep_every", "max_bad_steps", "fid_every", "fid_num", "fid_ref", "inception_weights", "compile", "device", "timeout",
+        "workers"}
 
 
 def share_batch(batch_size, accum):
@@ -137,12 +184,15 @@ def share_batch(batch_size, accum):
     return batch_size // (world() * accum)
 
 
-def gather_mean(values):
-    """Mean over the processes of a tensor, in place."""
+def gather_sum(values):
+    """Sum over the processes of a tensor, in place."""
     if world() > 1:
         dist.all_reduce(values)
-        values /= world()
     return values
+
+
+def gather_mean(values):
+    return gather_sum(values).div_(world())
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -216,22 +266,26 @@ class Guard:
         self.bad_losses = losses if self.bad_losses is None else torch.where(finite.bool(), self.bad_losses, losses)
         return norm
 
-    def look(self, names, limit, folder):
+    def look(self, names, limit, folder, final=False):
         """-> number of bad steps since the last look, and whether the last step was one. Raises after more than `limit` in a
-        row, with the last one's number, the terms that were not finite (names of the losses), and the last good checkpoint."""
+        row, and where the `final` step is bad, with its number, the terms that were not finite (names of the losses), and the
+        last good checkpoint."""
         row, most, count, last = self.bad.tolist()
-        if most > limit:
+        if most > limit or final and row:
             values = zip([*names, "gradient norm"], self.bad_losses.tolist())
             terms = [name for name, value in values if not math.isfinite(value)] or ["on another process"]
-            raise UserError(f"{most} steps in a row, the last one {last}, were not finite ({', '.join(terms)}) and did not enter "
-                            f"the weights; the last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; lower "
-                            "--lr, or try --precision fp32")
+            raise UserError(f"{max(row, most)} steps in a row, the last one {last}, were not finite ({', '.join(terms)}) and did not "
+                            f"enter the weights; the last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; "
+                            "lower --lr, or try --precision fp32")
         self.bad[1:3] = 0
         return count, row > 0
 
-    def load(self, bad):
-        """Takes over a resumed run's counts and, from the loaded module, its statistics."""
-        self.bad = bad
+    def state_dict(self):
+        return self.bad
+
+    def load_state_dict(self, bad):
+        """After the module's own: the good statistics are the loaded ones."""
+        self.bad.copy_(bad)
         self.good = [b.clone() for b in self.statistics]
 
 
@@ -241,12 +295,10 @@ class Watch:
 
     def __init__(self, timeout):
         self.asked, self.timeout, self.group = False, timeout, None
-        main = os.getpid()
 
-        def note(number, frame):
-            self.asked = self.asked or os.getpid() == main         # forked loader processes inherit the handler
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, note)
+        def note(name):
+            self.asked = True
+        at_signal(note)
         if world() > 1:                                     # on CPU tensors: a GPU need not be waited for
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
@@ -274,16 +326,23 @@ def missing():
     return f"process {', '.join(silent)}" if silent else "the others"
 
 
-def stop_at_signal():
-    """For work in blocks that are kept when done: SIGTERM and SIGUSR1 end the process at once, with exit code 0."""
+def at_signal(function):
+    """A scheduler's SIGTERM or SIGUSR1 to this process calls function(the signal's name)."""
     main = os.getpid()
 
-    def leave(number, frame):
-        if os.getpid() == main:
-            print(f"stopped by {signal.Signals(number).name}; the same command goes on with what is left", flush=True)
-        sys.exit(0)
+    def handler(number, frame):
+        if os.getpid() == main:                             # forked loader processes inherit it
+            function(signal.Signals(number).name)
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, leave)
+        signal.signal(number, handler)
+
+
+def stop_at_signal():
+    """For work in blocks that are kept when done: a scheduler's signal ends the process at once, with exit code 0."""
+    def leave(name):
+        print(f"stopped by {name}; the same command goes on with what is left", flush=True)
+        sys.exit(0)
+    at_signal(leave)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,8 +504,10 @@ class ImageSet:
             say(f"note: the file list could not be kept in {self.cache} ({error})")
 
     def scan(self):
+        def unreadable(error):
+            raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
         self.folders, files = {}, []                        # every folder below root -> its modification time
-        for folder, inside, names in os.walk(self.root, followlinks=True, onerror=self.unreadable):
+        for folder, inside, names in os.walk(self.root, followlinks=True, onerror=unreadable):
             if os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{os.path.realpath(folder)}/"):
                 raise UserError(f"{shown(folder)} is a link to a folder that it is in itself; remove it")
             inside.sort()
@@ -488,9 +549,6 @@ class ImageSet:
         lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def unreadable(self, error):
-        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
-
     def __len__(self):
         return len(self.names)
 
@@ -521,18 +579,12 @@ class ImageSet:
         return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
 
 
-def take_replaced():
-    """What was passed by since the last call, for `batches` to tell: loaders are other processes."""
-    taken, _replaced[:] = _replaced[:], []
-    return taken
-
-
 class Batches(torch.utils.data.Dataset):
     """Item k is what this process sees in step k of the run: positions in the endless stream of samples, and the
     pictures there. Position p is picture order(p // N)[p % N] of its epoch; a batch may span two epochs.
 
     Item: dict(position, index, flip, label: int64 (b,), image: uint8 (b,3,size,size) if `size`, and the arrays that
-    `extra(index, flip)` adds), or a UserError, which `batches` raises in the main process."""
+    `extra(index, flip)` adds)."""
 
     def __init__(self, data, batch_size, seed, size=None, flip=True, extra=None):
         self.data, self.batch_size, self.seed, self.size, self.flip, self.extra = data, batch_size, seed, size, flip, extra
@@ -553,42 +605,44 @@ class Batches(torch.utils.data.Dataset):
         flip = (uniform(self.seed, "flip", position) < 0.5) & self.flip
         batch = dict(position=position, index=torch.from_numpy(index), flip=flip,
                      label=torch.from_numpy(self.data.labels[index]))
-        try:
-            if self.size:
-                pictures = np.stack([self.data.load(i, self.size) for i in index])          # (b,S,S,3)
-                pictures[flip.numpy()] = pictures[flip.numpy()][:, :, ::-1]
-                batch["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-            if self.extra:
-                batch.update(self.extra(index, flip.numpy()))
-        except UserError as error:
-            return error
-        return dict(batch, replaced=take_replaced())
+        if self.size:
+            pictures = np.stack([self.data.load(i, self.size) for i in index])              # (b,S,S,3)
+            pictures[flip.numpy()] = pictures[flip.numpy()][:, :, ::-1]
+            batch["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        if self.extra:
+            batch.update(self.extra(index, flip.numpy()))
+        return batch
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Item k: dict(image=load(indices of the k-th `block` of `count` pictures, size)), uint8 (b,3,size,size), or the
-    UserError that `batches` raises."""
+    """Item k: dict(image=load(indices of the k-th `block` of `count` pictures, size)), uint8 (b,3,size,size)."""
 
     def __init__(self, load, size, count, block):
         self.load, self.size, self.count, self.block = load, size, count, block
 
     def __getitem__(self, k):
+        return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
+
+
+class Told(torch.utils.data.Dataset):
+    """What a loader, another process, tells of item k of a dataset: the item or the UserError that it raised, and messages on
+    pictures that were replaced."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, k):
         try:
-            image = self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size)
-            return dict(image=image, replaced=take_replaced())
+            item = self.dataset[k]
         except UserError as error:
-            return error
+            item = error
+        messages, _replaced[:] = _replaced[:], []
+        return item, messages
 
 
 def cores():
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()       # macOS has none
-
-
-def loader_workers(workers):
-    if workers is None:
-        workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return workers
 
 
 def ignore_signals(worker):
@@ -599,14 +653,15 @@ def ignore_signals(worker):
 
 def batches(dataset, items, workers, device):
     """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
-    workers = loader_workers(workers)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
+    if workers is None:
+        workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    loader = torch.utils.data.DataLoader(Told(dataset), batch_size=None, sampler=items, num_workers=workers,
                                          pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
                                          worker_init_fn=ignore_signals)
-    for batch in loader:
+    for batch, messages in loader:
         if isinstance(batch, UserError):
             raise batch
-        for message in set(batch.pop("replaced", ())) - _told:
+        for message in set(messages) - _told:
             _told.add(message)
             tqdm.write(f"warning: {message}; another one of its class takes its place ({len(_told)} so far)", file=sys.stderr)
         yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -824,15 +879,35 @@ def load_checkpoint(folder, device):
     return None
 
 
-def compare_flags(saved, args, free, folder):
-    """Refuses to resume with other settings than the run began with, except for the flags named in `free`."""
+def resume(args, free, device):
+    """Makes --out this run's -> the state to go on from, or None where it begins. Other settings than the run began with are
+    refused, except for the flags named in `free`."""
+    lock(args.out)
+    state = None if args.overwrite else load_checkpoint(args.out, device)
+    if state is None:
+        if args.resume:
+            raise UserError(f"--resume: {args.out} holds no checkpoint")
+        for path in list_checkpoints(args.out) if rank() == 0 else ():
+            os.remove(path)
+        return None
+    saved, free = state["arguments"], free | FREE
     if args.lr_schedule == "cosine":
         free = free - {"steps", "epochs"}                   # the rate of every step depends on the last one's number
     differ = [f"--{k.replace('_', '-')} was {saved[k]} and is now {v}" for k, v in vars(args).items()
               if k not in free and k in saved and saved[k] != v]
     if differ:
-        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
+        raise UserError(f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
                         "another --out, or --overwrite to begin anew")
+    return state
+
+
+def restore(folder, state, parts, running):
+    """Loads a run's state into its parts, in their order, and the sums of its unfinished line of metrics."""
+    with reading(folder, "a run of this version of the code; begin anew with --overwrite"):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        running.copy_(state["running"])
+    say(f"resuming  {folder} at step {state['step']}")
 
 
 def newest(name, what, command):
@@ -871,10 +946,12 @@ def write_json(path, value):
 class RunLog:
     """Progress bar and metrics.jsonl of a training run, on the first process; silent on the others.
 
-    log(step, values) appends one line; lines after `start`, left by a run that was killed, are dropped."""
+    add(losses) sums up what line(step) writes the means of; lines after `start`, left by a run that was killed, are dropped.
+    `running`: since the last line, the sums of the losses called `names`, number of bad steps, number of good ones."""
 
-    def __init__(self, folder, args, start, total, steps_per_epoch):
-        self.folder, self.steps_per_epoch, self.main = folder, steps_per_epoch, rank() == 0
+    def __init__(self, folder, args, names, running, start, total, steps_per_epoch):
+        self.folder, self.names, self.running, self.steps_per_epoch = folder, names, running, steps_per_epoch
+        self.batch_size, self.main = args.batch_size, rank() == 0
         self.last_time, self.last_step = time.time(), start
         if self.main:
             os.makedirs(folder, exist_ok=True)
@@ -892,14 +969,25 @@ class RunLog:
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
 
-    def log(self, step, values, batch_size):
+    def add(self, losses):
+        """losses (n,) of one step, on the device: nothing waits for them. A step with one that is not finite counts nowhere."""
+        good = torch.isfinite(losses).all()
+        self.running[:-2] += torch.where(good, losses, 0)
+        self.running[-1] += good
+
+    def line(self, step, active):
+        """Writes the means of the losses named in `active` since the last line, over all processes."""
+        *sums, bad, good = gather_mean(self.running.clone()).tolist()
+        self.running.zero_()
         now = time.time()
-        rate = (step - self.last_step) * batch_size / max(now - self.last_time, 1e-9)
+        rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
         self.last_time, self.last_step = now, step
         if self.main:
+            values = {k: v / good for k, v in zip(self.names, sums) if k in active and good}
+            if bad:
+                values["bad_steps"] = round(bad)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-            line = dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2))
-            self.write(line)
+            self.write(dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2)))
 
     def write(self, line):
         self.file.write(json.dumps(line) + "\n")
@@ -921,15 +1009,10 @@ def ema_update(ema, model, decay):
 
 
 def save_grid(path, rows):
-    """Rows of pictures, each uint8 (n,3,H,W) -> one PNG. Pictures under 64 pixels are enlarged, sharp."""
-    rows = [row.cpu().numpy().transpose(0, 2, 3, 1) for row in rows]
-    gap, columns = 2, max(len(row) for row in rows)
-    height, width = rows[0].shape[1:3]
-    canvas = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            y, x = gap + i * (height + gap), gap + j * (width + gap)
-            canvas[y:y + height, x:x + width] = picture
+    """Rows of as many pictures each, uint8 (n,3,H,W) -> one PNG. Pictures under 64 pixels are enlarged, sharp."""
+    from torchvision.utils import make_grid                 # takes a second to import
+    height = rows[0].shape[2]
+    canvas = make_grid(torch.cat([row.cpu() for row in rows]), nrow=len(rows[0]), pad_value=255).permute(1, 2, 0).numpy()
     image = Image.fromarray(canvas)
     if height < 64:
         image = image.resize((image.width * (128 // height), image.height * (128 // height)), Image.NEAREST)

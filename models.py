@@ -454,11 +454,8 @@ class VFM(nn.Module):
             with torch.device("meta"):
                 plan = timm.create_model(name, pretrained=False)
         except Exception as error:
-            base = name.split(".")[0]
-            if timm.is_model(base):
-                raise UserError(f"timm cannot build '{name}': {error}") from None
             near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), 4, 0.5)
-            raise UserError(f"'{name}' is not a model timm knows; near it: {', '.join(near) or 'nothing'}") from None
+            raise UserError(f"timm cannot build '{name}' ({first_line(error)}); it knows {', '.join(near) or 'none like it'}") from None
         self.prefix = getattr(plan, "num_prefix_tokens", 0)
         self.stage = None
         reductions = [f["reduction"] for f in plan.feature_info]
@@ -468,14 +465,13 @@ class VFM(nn.Module):
             self.stage = len(reductions) - 1 - reductions[::-1].index(stride)
         self.input_size = self.grid * (stride or reductions[-1])
         size = dict(img_size=self.input_size) if hasattr(plan, "num_prefix_tokens") else {}
-        source = {}
-        if weights:
-            state = read_weights(weights)[0]
-            heads = plan.pretrained_cfg.get("classifier") or ()
-            heads = [state[f"{h}.weight"] for h in ([heads] if isinstance(heads, str) else heads) if f"{h}.weight" in state]
-            classes = len(heads[0]) if heads else 0         # with its own head a file must fit in full: timm loads strictly
-            source = dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state, num_classes=classes))
+        state, source = read_weights(weights)[0] if weights else None, {}
         try:
+            if weights:
+                heads = plan.pretrained_cfg.get("classifier") or ()
+                heads = [state[f"{h}.weight"] for h in ([heads] if isinstance(heads, str) else heads) if f"{h}.weight" in state]
+                classes = len(heads[0]) if heads else 0     # with its own head a file must fit in full: timm loads strictly
+                source = dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state, num_classes=classes))
             self.model = timm.create_model(name, pretrained=True, **size, **source)
         except Exception as error:
             if weights:
@@ -490,12 +486,11 @@ class VFM(nn.Module):
         try:
             with torch.no_grad():
                 _, tokens, self.dim = self(torch.zeros(1, 3, image_size, image_size)).shape
+            if tokens != self.grid ** 2:
+                raise ValueError(f"it gives {tokens} tokens")
         except Exception as error:                          # models of one input size alone fail in many ways
             raise UserError(f"{name} takes no {self.input_size}x{self.input_size} picture, which a {self.grid}x{self.grid} grid of "
                             f"tokens needs ({first_line(error)}); choose another --vfm or --vfm-stride") from None
-        if tokens != self.grid ** 2:
-            raise UserError(f"{name} gives {tokens} tokens for a {self.input_size}x{self.input_size} picture, but a "
-                            f"{self.grid}x{self.grid} grid is needed; choose another --vfm or --vfm-stride")
 
     def train(self, mode=True):
         return super().train(False)                         # frozen: batch norms and dropout stay in eval mode
@@ -544,22 +539,13 @@ class LPIPS(nn.Module):
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download LPIPS's weights ({error}); give the files vgg16-397923af.pth and {LPIPS_URL} "
                             "with --lpips-weights, or switch the term off with --lpips 0") from None
-        features = vgg16().features
-        names = list(features.state_dict())
-        missing = [k for k in [f"features.{k}" for k in names] + [f"lin{i}" for i in range(5)] if k not in state]
-        if missing:
-            raise UserError(f"LPIPS's weight files lack {len(missing)} tensors, the first is {missing[0]}")
-        for i, width in enumerate(features[j].out_channels for j in (2, 7, 14, 21, 28)):
-            if state[f"lin{i}"].shape != (1, width, 1, 1):
-                raise UserError(f"LPIPS's linear layer {i} is {tuple(state[f'lin{i}'].shape)} instead of (1, {width}, 1, 1)")
-        load_strictly(features, {k: state[f"features.{k}"] for k in names}, "LPIPS's VGG16")
-        for module in features:
+        self.features = vgg16().features[:30]               # up to relu5_3
+        for module in self.features:
             if isinstance(module, nn.ReLU):
-                module.inplace = False                      # the slices' outputs are kept
-        cuts = [0, 4, 9, 16, 23, 30]                        # the slices end after relu1_2, 2_2, 3_3, 4_3, 5_3
-        self.slices = nn.ModuleList(features[a:b] for a, b in zip(cuts, cuts[1:]))
-        for i in range(5):
-            self.register_buffer(f"lin{i}", state[f"lin{i}"].float().clone())
+                module.inplace = False                      # some outputs are kept
+        for i, layer in enumerate((2, 7, 14, 21, 28)):
+            self.register_buffer(f"lin{i}", torch.zeros(1, self.features[layer].out_channels, 1, 1))
+        load_strictly(self, {k: state[k] for k in self.state_dict() if k in state}, "what LPIPS's weight files hold")
         # ImageNet's mean and std, moved to inputs in [-1,1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
@@ -573,9 +559,11 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         a, b, total = (a - self.shift) / self.scale, (b - self.shift) / self.scale, 0
-        for part, lin in zip(self.slices, (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)):
-            a, b = part(a), part(b)
-            total = total + ((self.unit(a) - self.unit(b)).square() * lin).sum(1).mean((1, 2))
+        compared = {3: self.lin0, 8: self.lin1, 15: self.lin2, 22: self.lin3, 29: self.lin4}       # relu1_2, 2_2, 3_3, 4_3, 5_3
+        for i, layer in enumerate(self.features):
+            a, b = layer(a), layer(b)
+            if i in compared:
+                total = total + ((self.unit(a) - self.unit(b)).square() * compared[i]).sum(1).mean((1, 2))
         return total
 
 

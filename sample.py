@@ -41,14 +41,14 @@ def parse_arguments(argv=None):
     g.add_argument("--vae", help="vae.safetensors or run folder (default: the one the SiT was trained on)")
     g.add_argument("--raw", action="store_true", help="raw weights instead of the EMA ones")
     g.add_argument("--classes", nargs="+", help="grid: numbers or folder names (default: 8 spread over all)")
-    g.add_argument("--n", type=int, default=8, help="grid: pictures of each class")
-    g.add_argument("--num", "--num-images", type=int, help="set: number of pictures (under torchrun write --num-images: "
+    g.add_argument("--n", type=common.positive, default=8, help="grid: pictures of each class")
+    g.add_argument("--num", "--num-images", type=common.positive, help="set: number of pictures (under torchrun write --num-images: "
                    "it takes --num for an abbreviation of its own --numa-binding)")
     g.add_argument("--labels", choices=["equal", "random"], default="equal",
                    help="set: every class equally often, or drawn at random; moves FID, so it is written into the result")
     g.add_argument("--out", help=".png or .npz (default: grid.png or samples.npz in the SiT's folder)")
     g.add_argument("--overwrite", action="store_true", help="set: do not go on with an interrupted one, and replace --out")
-    g.add_argument("--batch-size", type=int, default=64, help="pictures a process draws at once")
+    g.add_argument("--batch-size", type=common.positive, default=64, help="pictures a process draws at once")
     add_sampler_arguments(p)
     common.add_run_arguments(p)
     return p.parse_args(argv)
@@ -109,7 +109,7 @@ def load_pair(sit_path, vae_path, device, ema=True):
     latent statistics it was trained with, which then count."""
     sit = load_sit(sit_path, device, ema)
     where = vae_path or sit.info["vae_path"]
-    if not where or not vae_path and not os.path.exists(where):
+    if not where or not vae_path and not where.startswith("hf:") and not os.path.exists(where):
         raise UserError(f"{sit_path} was trained on the VAE {where or 'of its paper'}, which is not there; name it with --vae")
     vae = load_vae(where, device)
     if sit.info["vae_hash"] is None:

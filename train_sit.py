@@ -27,11 +27,8 @@ from common import normal, say, uniform
 from models import VFM, SiT, UserError, load_vae
 from sample import draw, set_labels
 
-# Flags that may change between a run and its resumption; all others must agree.
-FREE = {"out", "overwrite", "resume", "workers", "compile", "device", "epochs", "steps", "log_every", "save_every",
-        "sample_every", "accum", "grad_checkpoint", "vfm_weights", "vae", "cache", "preview_n", "preview_steps",
-        "preview_cfg", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps", "timeout",
-        "check_data", "skip_bad"}
+# Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
+FREE = {"vae", "cache", "vfm_weights", "preview_n", "preview_steps", "preview_cfg", "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
@@ -56,35 +53,12 @@ def parse_arguments(argv=None):
     g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
     g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch-size", type=int, default=256, help="global, pictures a step")
-    g.add_argument("--accum", type=int, default=1, help="forward passes a step")
-    g.add_argument("--epochs", type=float, default=80)
-    g.add_argument("--steps", type=int, help="instead of --epochs")
-    g.add_argument("--lr", type=float, default=1e-4)
-    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
-    g.add_argument("--warmup", type=int, default=0, help="steps")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    g.add_argument("--ema", type=float, default=0.9999, help="decay")
-    g.add_argument("--grad-checkpoint", action="store_true", help="less memory, about a third more time")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="runs/sit")
-    g.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
-    g.add_argument("--log-every", type=int, default=100, help="steps")
-    g.add_argument("--sample-every", type=int, default=10000, help="steps between previews")
-    g.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints; the last two are kept")
-    g.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay for good; 0: none")
-    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after more steps in a row whose loss is not finite")
-    g.add_argument("--preview-n", type=int, default=8, help="pictures in each of a preview's 8 rows")
-    g.add_argument("--preview-steps", type=int, default=50, help="of the ODE sampler of previews and --fid-every")
+    g = p.add_argument_group("previews")
+    g.add_argument("--preview-n", type=common.positive, default=8, help="pictures in each of a preview's 8 rows")
+    g.add_argument("--preview-steps", type=common.positive, default=50, help="of the ODE sampler of previews and --fid-every")
     g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
-    g = p.add_argument_group("FID during training, of EMA samples without guidance")
-    g.add_argument("--fid-every", type=int, default=0, help="steps; 0: never")
-    g.add_argument("--fid-num", type=int, default=5000, help="pictures; few pictures give a higher FID than 50,000")
-    g.add_argument("--fid-ref", help="reference as for fid.py (default: --data)")
-    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
-    common.add_run_arguments(p)
+    common.add_training_arguments(p, "runs/sit", batch_size=256, epochs=80, lr=1e-4, ema=0.9999, log_every=100, sample_every=10000,
+                                  save_every=5000, fid="FID of EMA samples without guidance", fid_ref="--data")
     return p.parse_args(argv)
 
 
@@ -200,34 +174,21 @@ def main():
     say(f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid ** 2} tokens; {precision} on {device}")
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     guard = common.Guard(net, optimizer, args.clip)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
 
     # Resume
     names = ["flow", "repa", "grad_norm"]
-    running = torch.zeros(len(names) + 2, device=device)    # since the last log line: sums of these, bad steps, good steps
-    start = 0
-    common.lock(args.out)
-    state = None if args.overwrite else common.load_checkpoint(args.out, device)
-    if state is None and args.resume:
-        raise UserError(f"--resume: {args.out} holds no checkpoint")
+    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
+    start, state = 0, common.resume(args, FREE, device)
     if state is not None:
-        common.compare_flags(state["arguments"], args, FREE, args.out)
         if state["vae_hash"] != vae.info["hash"]:
             raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
                             f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
         start = state["step"]
         if start >= total:
             return say(f"done      {args.out} has its {start} steps already")
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        running[:len(state["running"]) - 1] = state["running"][:-1]        # older runs counted no bad steps
-        running[-1] = state["running"][-1]
-        guard.load(state.get("bad", guard.bad))
-        say(f"resuming  {args.out} at step {start}")
+        common.restore(args.out, state, parts, running)
         del state
-    elif common.rank() == 0:
-        for path in common.list_checkpoints(args.out):
-            os.remove(path)
 
     # Parallel and compiled form; `net` stays the plain module that is saved
     forward = net
@@ -235,14 +196,8 @@ def main():
         forward, vfm = torch.compile(net), vfm and torch.compile(vfm)
     if common.world() > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
-    log = common.RunLog(args.out, args, start, total, steps_per_epoch)
-    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
-    stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
-    shape = (vae.channels, vae.latent_size, vae.latent_size)
 
-    measure = None
+    # What is looked at now and then
     if args.fid_every:
         from fid import training_measure                    # only here: most runs do without Inception
         measure = training_measure(args.fid_ref or args.data, device, args.inception_weights, vae.resolution, args.workers)
@@ -254,41 +209,48 @@ def main():
             labels = set_labels("equal", ids, net.num_classes, args.seed)
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
+    def every(n):
+        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
+        return n > 0 and (step == total or step % n == 0 and step > start)
+
+    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
+    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
+    stream = iter(common.batches(dataset, range(start, total), args.workers, device))
+    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
+        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
+    shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due = step == total or step % args.save_every == 0 and step > start
-        if due or stop or step % args.log_every == 0:
-            count, bad = guard.look(names[:2], args.max_bad_steps if step < total else 0, args.out)
+        due, bad = every(args.save_every), False
+        if due or stop or every(args.log_every):
+            count, bad = guard.look(names[:2], args.max_bad_steps, args.out, step == total)
             running[-2] += count
             due = due and not bad
-        if step > start and (step % args.log_every == 0 or step == total):
-            *values, skipped, count = common.gather_mean(running.clone()).tolist()
-            losses = {k: v / count for k, v in zip(names, values) if count and (k != "repa" or args.repa)}
-            log.log(step, dict(losses, bad_steps=round(skipped)) if skipped else losses, args.batch_size)
-            running.zero_()
-        if (step == total or step % args.sample_every == 0 and step > start) and common.rank() == 0:
+        if step > start and every(args.log_every):
+            log.line(step, names if args.repa else ["flow", "grad_norm"])
+        if every(args.sample_every) and common.rank() == 0:
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
             common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(args.preview_n))
-        if measure and (step == total or step % args.fid_every == 0 and step > start):
+        if every(args.fid_every):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
                         vae_hash=vae.info["hash"], vae_path=args.vae)
-            saver.save(step, {f"{name}.safetensors": ("sit", key, "", net.config, info)
-                              for name, key in (("sit", "ema"), ("sit_raw", "net"))},
-                       dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], net=net.state_dict(),
-                            ema=ema.state_dict(), optimizer=optimizer.state_dict(), running=running, bad=guard.bad))
+            weights = {"sit.safetensors": ("sit", "ema", "", net.config, info),
+                       "sit_raw.safetensors": ("sit", "net", "", net.config, info)}
+            saver.save(step, weights, dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], running=running,
+                                           **{name: part.state_dict() for name, part in parts.items()}))
         if step == total or stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
         watch.begin_step()
         batch = next(stream)
-        losses = torch.zeros(len(names) + 2, device=device)
+        losses = torch.zeros(len(names), device=device)
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
             position = batch["position"][part]
@@ -312,14 +274,13 @@ def main():
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
         losses[2] = guard.step(losses[:2], step)
         common.ema_update(ema, net, args.ema)
-        losses[-1] = 1
-        running += torch.where(torch.isfinite(losses).all(), losses, 0)
+        log.add(losses)
         log.bar.update()
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
     saver.close()
-    if stop and step < total:
-        return say(f"stopped   by a signal; {args.out} is saved at step {step}, the same command goes on")
+    if step < total:
+        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
     say(f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
 
 

@@ -26,11 +26,9 @@ import common
 from common import normal, say, uniform
 from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_vae, published
 
-# Flags that may change between a run and its resumption; all others must agree.
-FREE = {"out", "overwrite", "workers", "compile", "device", "steps", "epochs", "log_every", "save_every", "sample_every",
-        "accum", "grad_checkpoint", "val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc",
-        "resume", "probe_every", "probe_data", "fid_every", "fid_num", "fid_ref", "inception_weights", "keep_every", "max_bad_steps",
-        "timeout", "check_data", "skip_bad"}
+# Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
+FREE = {"val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc", "probe_every", "probe_data",
+        "check_data", "skip_bad"}
 
 
 def parse_arguments(argv=None):
@@ -40,8 +38,8 @@ def parse_arguments(argv=None):
     g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
     g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--val", help="folder of held-out pictures: PSNR and alignment loss at every save")
-    g.add_argument("--val-images", type=int, default=2000, help="how many of them, the first of a fixed shuffle")
-    g.add_argument("--resolution", type=int, default=256, help="side of the square picture, pixels")
+    g.add_argument("--val-images", type=common.positive, default=2000, help="how many of them, the first of a fixed shuffle")
+    g.add_argument("--resolution", type=common.positive, default=256, help="side of the square picture, pixels")
     g = p.add_argument_group("VAE")
     g.add_argument("--spec", default="f16d32", help="f<factor>d<channels>")
     g.add_argument("--ch", type=int, default=128, help="base width")
@@ -74,35 +72,12 @@ def parse_arguments(argv=None):
     g.add_argument("--kl", type=float, default=1e-6, help="of the sum over a latent")
     g.add_argument("--gan", type=float, default=0.1)
     g.add_argument("--gan-start", type=int, default=0, help="step at which the adversarial term begins")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch-size", type=int, default=1024, help="global, pictures a step")
-    g.add_argument("--accum", type=int, default=1, help="forward passes a step; the mapper's batch norm sees one at a time")
-    g.add_argument("--epochs", type=float, default=80)
-    g.add_argument("--steps", type=int, help="instead of --epochs")
-    g.add_argument("--lr", type=float, default=3e-4)
-    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
-    g.add_argument("--warmup", type=int, default=0, help="steps")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    g.add_argument("--ema", type=float, default=0.999, help="decay of the weights that are published; 0: none")
-    g.add_argument("--grad-checkpoint", action="store_true", help="less memory, about a third more time")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", default="runs/vae")
-    g.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    g.add_argument("--resume", action="store_true", help="fail if there is nothing to resume (resuming is the default)")
-    g.add_argument("--log-every", type=int, default=50, help="steps")
-    g.add_argument("--sample-every", type=int, default=1000, help="steps between pictures")
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints; the last two are kept")
-    g.add_argument("--keep-every", type=int, default=0, help="steps between checkpoints that stay for good; 0: none")
-    g.add_argument("--max-bad-steps", type=int, default=10, help="stop after more steps in a row whose loss is not finite")
-    g.add_argument("--stats-images", type=int, help="for the final latent statistics (default: all; 4000 at checkpoints)")
-    g.add_argument("--probe-every", type=int, default=0, help="steps between linear probes of --probe-data; 0: never")
+    g = p.add_argument_group("measurements")
+    g.add_argument("--stats-images", type=common.natural, help="for the final latent statistics (default: all; 4000 at checkpoints)")
+    g.add_argument("--probe-every", type=common.natural, default=0, help="steps between linear probes of --probe-data; 0: never")
     g.add_argument("--probe-data", help="folder of a benchmark (see probe.py): F1 of a small probe on its attributes")
-    g = p.add_argument_group("rFID during training, of EMA reconstructions of --val")
-    g.add_argument("--fid-every", type=int, default=0, help="steps; 0: never")
-    g.add_argument("--fid-num", type=int, default=5000, help="pictures; few pictures give a higher rFID than 50,000")
-    g.add_argument("--fid-ref", help="reference as for fid.py (default: --val)")
-    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
-    common.add_run_arguments(p)
+    common.add_training_arguments(p, "runs/vae", batch_size=1024, epochs=80, lr=3e-4, ema=0.999, log_every=50, sample_every=1000,
+                                  save_every=1000, fid="rFID of EMA reconstructions of --val", fid_ref="--val")
     return p.parse_args(argv)
 
 
@@ -165,22 +140,28 @@ class SendVAE(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurements and pictures
 
+def first_pictures(data, count, size, args, device):
+    """The first `count` pictures of a fixed shuffle, unflipped, this process's share: yields images (b,3,size,size) and their
+    positions (b,)."""
+    order = common.Batches(data, common.world() * 32, seed=0, size=size, flip=False)
+    for batch in common.batches(order, range(-(-count // order.batch_size)), args.workers, device):
+        here = batch["position"] < count
+        if here.any():
+            yield common.from_uint8(batch["image"][here]), batch["position"][here]
+
+
 @torch.no_grad()
 def latent_statistics(vae, data, size, count, args, device, precision):
-    """Mean and std (C,) of posterior samples over the first `count` pictures of a fixed shuffle, unflipped, in float64;
-    the posterior's variance enters in closed form. Several processes share the work."""
-    order = common.Batches(data, common.world() * 32, seed=0, size=size, flip=False)
+    """Mean and std (C,) of posterior samples over the first `count` pictures, in float64; the posterior's variance enters in
+    closed form. Several processes share the work."""
     sums = torch.zeros(3, vae.channels, dtype=torch.float64, device=device)
-    for batch in common.batches(order, range(-(-count // order.batch_size)), args.workers, device):
-        x = common.from_uint8(batch["image"][batch["position"] < count])
-        if len(x):
-            with common.autocast(device, precision):
-                mean, logvar = vae.encode(x)
-            mean, var = mean.double(), logvar.double().exp()
-            sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + var).sum((0, 2, 3)),
-                                 torch.full_like(sums[0], mean[:, 0].numel())])
-    if common.world() > 1:
-        torch.distributed.all_reduce(sums)
+    for x, _ in first_pictures(data, count, size, args, device):
+        with common.autocast(device, precision):
+            mean, logvar = vae.encode(x)
+        mean, var = mean.double(), logvar.double().exp()
+        sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + var).sum((0, 2, 3)),
+                             torch.full_like(sums[0], mean[:, 0].numel())])
+    sums = common.gather_sum(sums)
     mean = sums[0] / sums[2]
     return mean.float(), (sums[1] / sums[2] - mean.square()).clamp(min=1e-12).sqrt().float()
 
@@ -188,15 +169,9 @@ def latent_statistics(vae, data, size, count, args, device, precision):
 @torch.no_grad()
 def validate(net, vfm, data, args, device, precision):
     """PSNR (dB, of 8-bit pictures, mean over pictures) of reconstructions from the posterior mean, and the alignment
-    loss (with the training's noise), over the first --val-images held-out pictures of a fixed shuffle."""
-    count = min(args.val_images, len(data))
-    order = common.Batches(data, common.world() * 32, seed=0, size=net.vae.resolution, flip=False)
+    loss (with the training's noise), over the first --val-images held-out pictures."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in common.batches(order, range(-(-count // order.batch_size)), args.workers, device):
-        keep = batch["position"] < count
-        x, position = common.from_uint8(batch["image"][keep]), batch["position"][keep]
-        if not len(x):
-            continue
+    for x, position in first_pictures(data, min(args.val_images, len(data)), net.vae.resolution, args, device):
         with common.autocast(device, precision):
             mean, logvar = net.vae.encode(x)
             y = common.to_uint8(net.vae.decode(mean)).float()
@@ -204,13 +179,12 @@ def validate(net, vfm, data, args, device, precision):
                 z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
                 t = mapper_times(1, position, args.noise_kind) if args.noise else None
                 tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]) if args.noise else None)
-                sums[1] += align_loss(tokens, vfm(x)) * len(x)         # of either kind of alignment
+                sums[1] += align_loss(tokens, vfm(x)) * len(x)             # of either kind of alignment
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
-        sums += torch.stack([(10 * torch.log10(255 ** 2 / error)).sum(), sums[1] * 0, error.new_tensor(len(x))])
-    if common.world() > 1:
-        torch.distributed.all_reduce(sums)
-    values = dict(val_psnr=(sums[0] / sums[2]).item())
-    return values if vfm is None else dict(values, val_align=(sums[1] / sums[2]).item())
+        sums[0] += (10 * torch.log10(255 ** 2 / error)).sum()
+        sums[2] += len(x)
+    psnr, align, count = common.gather_sum(sums).tolist()
+    return dict(val_psnr=psnr / count) if vfm is None else dict(val_psnr=psnr / count, val_align=align / count)
 
 
 def principal_components(z):
@@ -229,8 +203,6 @@ def principal_components(z):
 def draw_pictures(vae, data, step, args, device, precision):
     """samples/<step>.png: pictures, their reconstructions, and the principal components of their latents."""
     batch = common.Batches(data, common.world() * 8, seed=0, size=vae.resolution, flip=False)[0]
-    if isinstance(batch, UserError):
-        raise batch
     x = common.from_uint8(batch["image"].to(device))
     with common.autocast(device, precision):
         z = vae.encode(x)[0]
@@ -246,8 +218,48 @@ def other_pictures(data, partner, size, index, flip):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+def build_networks(args, device):
+    """-> SendVAE, vision model, LPIPS, discriminator, the last three None where they are not needed. The global generator is
+    for initial weights only, so it is seeded before each network: all other draws are common.normal's."""
+    torch.manual_seed(args.seed)
+    if args.init:
+        vae = load_vae(args.init).train()
+        vae.set_resolution(args.resolution)
+    else:
+        vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
+    vae.set_grad_checkpoint(args.grad_checkpoint)
+    vae.requires_grad_(not args.freeze)
+    vfm = mapper = lpips = disc = None
+    if args.align != "none":
+        patch = args.mapper_patch or max(1, 16 // vae.factor)
+        vfm = VFM(args.vfm, args.vfm_weights, args.resolution, vae.latent_size // patch, args.vfm_stride).to(device)
+        width = args.mapper_width or vfm.dim
+        torch.manual_seed(args.seed + 1)
+        if args.align == "vavae":
+            mapper = Projection(vae.channels, vfm.dim, patch, patch)
+        else:
+            mapper = Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
+                            args.mapper_depth, width, args.mapper_hidden)
+    if args.lpips:
+        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
+    if args.gan:
+        torch.manual_seed(args.seed + 2)
+        disc = PatchDiscriminator()
+        if args.init_disc:
+            disc = published(args.init_disc).load_discriminator(args.init_disc).train()
+        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
+    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
+    return net, vfm, lpips, disc
+
+
 def main():
     args = parse_arguments()
+    if args.freeze and args.align == "none":
+        raise UserError("--freeze trains the mapper only, but --align none builds none")
+    if args.fid_every and not args.val:
+        raise UserError("--fid-every measures reconstructions of held-out pictures: name their folder with --val")
+    if args.probe_every and not args.probe_data:
+        raise UserError("--probe-every needs --probe-data, a benchmark's folder")
     if args.freeze:
         args.lpips = args.kl = args.gan = 0
     args.noise = args.noise and args.align == "mapper"
@@ -264,114 +276,53 @@ def main():
     if data.smallest < args.resolution:
         say(f"note: some pictures are smaller than {args.resolution} pixels (the smallest {data.smallest}) and are enlarged")
 
-    # Models. The global generator is for initial weights only, so it is seeded before each network: all other draws are
-    # common.normal's
-    torch.manual_seed(args.seed)
-    if args.init:
-        vae = load_vae(args.init).train()
-        vae.set_resolution(args.resolution)
-    else:
-        vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
-    vae.set_grad_checkpoint(args.grad_checkpoint)
-    vfm = mapper = lpips = disc = None
-    if args.align != "none":
-        patch = args.mapper_patch or max(1, 16 // vae.factor)
-        vfm = VFM(args.vfm, args.vfm_weights, args.resolution, vae.latent_size // patch, args.vfm_stride)
-        width = args.mapper_width or vfm.dim
-        torch.manual_seed(args.seed + 1)
-        mapper = (Projection(vae.channels, vfm.dim, patch, patch) if args.align == "vavae" else
-                  Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
-                         args.mapper_depth, width, args.mapper_hidden))
-        vfm = vfm.to(device)
-    if args.lpips:
-        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
-    if args.gan:
-        torch.manual_seed(args.seed + 2)
-        disc = PatchDiscriminator()
-        if args.init_disc:
-            disc = published(args.init_disc).load_discriminator(args.init_disc).train()
-        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
-    if args.freeze and mapper is None:
-        raise UserError("--freeze trains the mapper only, but --align none builds none")
-    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
-    net.vae.requires_grad_(not args.freeze)
+    # Networks and optimisers
+    net, vfm, lpips, disc = build_networks(args, device)
+    vae, mapper = net.vae, net.mapper
     ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
     count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in
              dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None}
     say("model     " + ", ".join(f"{k} {v:.2f}M" for k, v in count.items()) + f"; latents {vae.channels}x"
         f"{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
-
-    # Optimisers
-    params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    guard, disc_guard, disc_optimizer = common.Guard(net, optimizer, args.clip), None, None
+    adam = functools.partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer = adam([p for p in net.parameters() if p.requires_grad])
+    guard = common.Guard(net, optimizer, args.clip)
+    names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
+    guards = [(guard, names[:5])]                           # and the losses that each looks at
+    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
     if disc is not None:
-        disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        disc_optimizer = adam(disc.parameters())
         disc_guard = common.Guard(disc, disc_optimizer, args.clip)
+        guards.append((disc_guard, names[5:6]))
+        parts.update(disc=disc, disc_optimizer=disc_optimizer, disc_bad=disc_guard)
 
     # Resume
-    names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
-    running = torch.zeros(len(names) + 2, device=device)    # since the last log line: sums of these, bad steps, good steps
-    start = 0
-    common.lock(args.out)
-    state = None if args.overwrite else common.load_checkpoint(args.out, device)
-    if state is None and args.resume:
-        raise UserError(f"--resume: {args.out} holds no checkpoint")
+    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
+    start, state = 0, common.resume(args, FREE, device)
     if state is not None:
-        saved = state["arguments"]
-        if not isinstance(saved["align"], str):             # older runs: --align was the weight
-            saved.update(align="mapper" if saved["align"] else "none", align_weight=saved["align"] or args.align_weight)
-        common.compare_flags(saved, args, FREE, args.out)
         start = state["step"]
         if start >= total:
             return say(f"done      {args.out} has its {start} steps already")
-        net.load_state_dict(state["net"])
-        if args.ema:
-            ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if disc is not None:
-            disc.load_state_dict(state["disc"])
-            disc_optimizer.load_state_dict(state["disc_optimizer"])
-            disc_guard.load(state.get("disc_bad", disc_guard.bad))
-        running[:len(state["running"]) - 1] = state["running"][:-1]        # older runs counted no bad steps
-        running[-1] = state["running"][-1]
-        guard.load(state.get("bad", guard.bad))
-        say(f"resuming  {args.out} at step {start}")
+        common.restore(args.out, state, parts, running)
         del state
-    elif common.rank() == 0:
-        for path in common.list_checkpoints(args.out):
-            os.remove(path)
 
     # Parallel and compiled forms; `net` and `disc` stay the plain modules that are saved
     forward, critic = net, disc
     if args.compile if args.compile is not None else device.type == "cuda":
         forward, critic, vfm, lpips = (m and torch.compile(m) for m in (net, disc, vfm, lpips))
-    judge = critic
+    judge = critic                                          # with gradients for the discriminator, averaged over processes
     if common.world() > 1:
         forward, judge = (m and DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
                           for m in (forward, critic))
-    log = common.RunLog(args.out, args, start, total, steps_per_epoch)
-    partner = np.random.default_rng(args.seed).permutation(len(data))
-    others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
-    dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
-    stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
 
-    measure = None
+    # What is looked at now and then
     if args.fid_every:
-        if val_data is None:
-            raise UserError("--fid-every measures reconstructions of held-out pictures: name their folder with --val")
         from fid import Pictures, training_measure          # only here: most runs do without Inception
         measure = training_measure(args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers)
         held_out = Pictures(args.val, min(args.fid_num, len(val_data)), args.resolution)
-
-    probed = None
-    if args.probe_every:
-        if not args.probe_data:
-            raise UserError("--probe-every needs --probe-data, a benchmark's folder")
+    if args.probe_every and common.rank() == 0:
         from probe import training_probe
-        probed = training_probe(args.probe_data, args.resolution, precision) if common.rank() == 0 else None
+        probe = training_probe(args.probe_data, args.resolution, precision)
 
     def reconstructed():
         """This process's share of the pictures to measure, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
@@ -379,51 +330,51 @@ def main():
             with torch.no_grad(), common.autocast(device, precision):
                 yield index, common.to_uint8(ema.vae.decode(ema.vae.encode(common.from_uint8(x))[0]))
 
-    def take_statistics(step, final):
-        """Latent statistics into net and ema; PSNR and alignment loss of held-out pictures."""
-        module = ema.eval()
-        stats_images = (args.stats_images or len(data)) if final else 4000
-        mean, std = latent_statistics(module.vae, data, args.resolution, min(stats_images, len(data)), args, device, precision)
-        for owner in (net, ema):
-            owner.vae.latent_mean.copy_(mean)
-            owner.vae.latent_std.copy_(std)
-        if val_data is not None:
-            log.note(step, validate(module, vfm, val_data, args, device, precision))
-        ema.train(ema is net)
-        return stats_images
+    def every(n):
+        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
+        return n > 0 and (step == total or step % n == 0 and step > start)
 
+    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
+    partner = np.random.default_rng(args.seed).permutation(len(data))
+    others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
+    dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
+    stream = iter(common.batches(dataset, range(start, total), args.workers, device))
+    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
+        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due = step == total or step % args.save_every == 0 and step > start
-        if due or stop or step % args.log_every == 0:
-            limit = args.max_bad_steps if step < total else 0
-            found = [guard.look(names[:5], limit, args.out)]
-            if disc is not None:
-                found.append(disc_guard.look(names[5:6], limit, args.out))
+        due, bad = every(args.save_every), False
+        if due or stop or every(args.log_every):
+            found = [g.look(terms, args.max_bad_steps, args.out, step == total) for g, terms in guards]
             count, bad = map(max, zip(*found))
             running[-2] += count
             due = due and not bad
-        if step > start and (step % args.log_every == 0 or step == total):
-            *values, skipped, count = common.gather_mean(running.clone()).tolist()
-            losses = {k: v / count for k, v in zip(names, values) if k in active and count}
-            log.log(step, dict(losses, bad_steps=round(skipped)) if skipped else losses, args.batch_size)
-            running.zero_()
+        if step > start and every(args.log_every):
+            log.line(step, active)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             draw_pictures(ema.vae, val_data or data, step, args, device, precision)
-        stats_images = take_statistics(step, final=step == total) if due else None
-        if probed and (step == total or step % args.probe_every == 0 and step > start):
-            log.note(step, probed(ema.vae))
-        if measure and (step == total or step % args.fid_every == 0 and step > start):
-            log.note(step, {f"r{k}": v for k, v in measure(reconstructed(), held_out.count).items() if k == "fid"})
+        if due:
+            ema.eval()
+            stats_images = 4000 if step < total else args.stats_images or len(data)
+            statistics = latent_statistics(ema.vae, data, args.resolution, min(stats_images, len(data)), args, device, precision)
+            for owner in (vae, ema.vae):
+                owner.latent_mean.copy_(statistics[0])
+                owner.latent_std.copy_(statistics[1])
+            if val_data is not None:
+                log.note(step, validate(ema, vfm, val_data, args, device, precision))
+            ema.train(ema is net)
+        if every(args.probe_every) and common.rank() == 0:
+            log.note(step, probe(ema.vae))
+        if every(args.fid_every):
+            log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, stats_images=stats_images)
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
+                        stats_images=stats_images if due else None)
             weights = {"vae.safetensors": ("vae", "ema", "vae.", vae.config, info)} if due else {}
-            saver.save(step, weights, dict(
-                step=step, arguments=vars(args), net=net.state_dict(), ema=ema.state_dict(), running=running,
-                optimizer=optimizer.state_dict(), bad=guard.bad, disc=disc and disc.state_dict(),
-                disc_optimizer=disc_optimizer and disc_optimizer.state_dict(), disc_bad=disc_guard and disc_guard.bad))
+            saver.save(step, weights, dict(step=step, arguments=vars(args), running=running,
+                                           **{name: part.state_dict() for name, part in parts.items()}))
         if step == total or stop:
             break
 
@@ -431,60 +382,60 @@ def main():
         watch.begin_step()
         batch = next(stream)
         gan = args.gan if step >= args.gan_start else 0.0
-        active = [k for k, on in zip(names, (mapper, not args.freeze, args.lpips, args.kl, gan, gan, True)) if on]
-        losses = torch.zeros(len(names) + 2, device=device)
+        factors = dict(align=args.align_weight, recon=1.0, lpips=args.lpips, kl=args.kl, gan=gan)
+        losses = torch.zeros(len(names), device=device)
         fakes = []
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
             x, position = common.from_uint8(batch["image"][part]), batch["position"][part]
             shape = (vae.channels, vae.latent_size, vae.latent_size)
             t = mapper_noise = None
-            if mapper is not None and args.noise:
+            if args.noise:
                 t = mapper_times(args.seed, position, args.noise_kind)
                 mapper_noise = normal(args.seed, "mapper noise", position, shape)
-            last = i == args.accum - 1
-            with common.autocast(device, precision), common.sync_gradients(forward, last):
+            with common.autocast(device, precision), common.sync_gradients(forward, i == args.accum - 1):
                 y, mean, logvar, tokens = forward(x, normal(args.seed, "posterior", position, shape), t, mapper_noise)
-                terms = [x.new_zeros(()) for _ in names[:5]]
+                terms = {}
                 if mapper is not None:
                     with torch.no_grad():
                         target = vfm(common.from_uint8(batch["other"][part]) if args.shuffle_targets else x)       # (b,N,D)
-                    terms[0] = (vavae_loss if args.align == "vavae" else align_loss)(tokens, target)
+                    terms["align"] = (vavae_loss if args.align == "vavae" else align_loss)(tokens, target)
                 if not args.freeze:
-                    terms[1] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
-                    if lpips is not None:
-                        terms[2] = lpips(y, x).mean()
-                    terms[3] = kl_loss(mean, logvar)
-                    if gan:
-                        disc.requires_grad_(False)
-                        terms[4] = -critic(y).mean()
-                        disc.requires_grad_(True)
-                        fakes.append(y.detach())
-                loss = sum(w * term for w, term in zip((args.align_weight, 1.0, args.lpips, args.kl, gan), terms))
+                    terms["recon"] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
+                if args.lpips:
+                    terms["lpips"] = lpips(y, x).mean()
+                if args.kl:
+                    terms["kl"] = kl_loss(mean, logvar)
+                if gan:
+                    disc.requires_grad_(False)
+                    terms["gan"] = -critic(y).mean()
+                    disc.requires_grad_(True)
+                    fakes.append((x, y.detach()))
+                loss = sum(factors[k] * term for k, term in terms.items())
                 (loss / args.accum).backward()
-            losses[:5] += torch.stack([term.detach() for term in terms]) / args.accum
+            for k, term in terms.items():
+                losses[names.index(k)] += term.detach() / args.accum
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step, total)
         losses[6] = guard.step(losses[:5], step)
+        for i, (x, y) in enumerate(fakes):
+            with common.autocast(device, precision), common.sync_gradients(judge, i == args.accum - 1):
+                loss = hinge_loss(judge(x), judge(y))
+                (loss / args.accum).backward()
+            losses[5] += loss.detach() / args.accum
         if gan:
-            for i, y in enumerate(fakes):
-                x = common.from_uint8(batch["image"][i * micro_batch:(i + 1) * micro_batch])
-                with common.autocast(device, precision), common.sync_gradients(judge, i == args.accum - 1):
-                    loss = hinge_loss(judge(x), judge(y))
-                    (loss / args.accum).backward()
-                losses[5] += loss.detach() / args.accum
             disc_optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
             disc_guard.step(losses[5:6], step)
         if args.ema:
             common.ema_update(ema, net, args.ema)
-        losses[-1] = 1
-        running += torch.where(torch.isfinite(losses).all(), losses, 0)
+        active = [*terms, *["disc"] * (gan > 0), "grad_norm"]
+        log.add(losses)
         log.bar.update()
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
     saver.close()
-    if stop and step < total:
-        return say(f"stopped   by a signal; {args.out} is saved at step {step}, the same command goes on")
+    if step < total:
+        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
     say(f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
 
 

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import common
 import models
 import sample
 import train_vae
@@ -210,6 +211,16 @@ def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert models.load_vae("hf:owner/name/sub@v2").channels == 4
     assert asked == [(("owner/name",), dict(revision="v2", allow_patterns=["sub", "sub/*"]))]
+
+
+def test_a_sit_trained_on_a_vae_of_the_hub_finds_it_again(tmp_path, monkeypatch):
+    import huggingface_hub
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "hub"))
+    sit = models.SiT("S", 2, 4, 8, num_classes=3, depth=1, width=32, heads=1)
+    info = dict(step=1, classes=[], vae_path="hf:owner/vae", vae_hash=models.load_vae("hf:owner/vae").info["hash"])
+    common.save_weights(tmp_path / "sit.safetensors", "sit", sit.state_dict(), sit.config, info)
+    assert sample.load_pair(tmp_path / "sit.safetensors", None, "cpu")[1].info["hash"] == info["vae_hash"]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

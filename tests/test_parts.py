@@ -303,6 +303,9 @@ def test_a_vision_model_whose_grid_cannot_match_is_refused(tmp_path):
         save_file({k: v.contiguous() for k, v in timm.create_model(name).state_dict().items()}, tmp_path / f"{name}.safetensors")
         with pytest.raises(models.UserError, match=message):
             models.VFM(name, str(tmp_path / f"{name}.safetensors"), 32, grid=2, stride=stride)
+    torch.save({"head.weight": torch.zeros(())}, tmp_path / "odd.pt")
+    with pytest.raises(models.UserError, match="odd.pt does not hold test_vit's weights"):
+        models.VFM("test_vit", tmp_path / "odd.pt", 32)
 
 
 def test_mapper_gradient_reaches_the_encoder_and_not_the_vision_model(vfm_weights):
