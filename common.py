@@ -442,9 +442,9 @@ def check_picture(path, decode=False):
         with open(path, "rb") as file:
             file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
             tail = file.read()
-        if kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail or kind == "PNG" and b"IEND" not in tail:
+        if kind == "PNG" and b"IEND" not in tail:
             return "it is truncated"
-        if decode:
+        if decode or kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail:       # cut, or with other data behind its end
             with open_picture(path) as image:
                 image.load()
         return size

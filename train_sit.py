@@ -72,8 +72,9 @@ BLOCK = 256                                                 # pictures encoded a
 def cache_latents(vae, data, flip, args, device, precision):
     """-> folder with latents.npy, fp16 (N, 2 if flip else 1, 2, C, h, w): posterior mean and std of every picture and
     of its mirror image. Computed once by all processes together; blocks that are done are marked, so that a killed run
-    goes on. The folder's name holds the VAE's hash and the pictures' fingerprint: another VAE or list is another cache."""
-    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}{'' if flip else '-noflip'}"
+    goes on. The folder's name holds the VAE's hash, the pictures' fingerprint and the precision: another VAE, list or precision
+    is another cache."""
+    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}{'' if flip else '-noflip'}"
     folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
     record = os.path.join(folder, "latents.json")

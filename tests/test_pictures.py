@@ -38,6 +38,17 @@ def damage(path):
 
 # ---- the check, and --check-data ---------------------------------------------------------------------------------------
 
+def test_a_jpeg_may_have_other_data_behind_its_end_but_not_be_cut(tmp_path):
+    """Some cameras and editors append a preview or metadata; such files open everywhere."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "longer.jpg").write_bytes(whole + b"x" * 5000)
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    assert common.check_picture(tmp_path / "whole.jpg") == common.check_picture(tmp_path / "longer.jpg") == (48, 40)
+    assert "truncated" in common.check_picture(tmp_path / "cut.jpg")
+
+
 def test_check_data_finds_what_only_decoding_finds_and_is_kept(folder, capsys, monkeypatch):
     damage("p/a/bad.bmp")
     common.ImageSet(folder)                                 # heads and ends are whole

@@ -189,6 +189,14 @@ def test_latent_cache_holds_posteriors_and_mirror_images(trained, pictures):
         np.testing.assert_allclose(cache[5, side, 1], (0.5 * logvar[0]).exp(), rtol=2e-3, atol=1e-3)
 
 
+def test_latents_of_another_precision_are_another_cache(trained, pictures, inside):
+    for precision in ("fp32", "bf16"):
+        script(train_sit, *SIT, "--precision", precision, "--data", pictures, "--vae", trained / "runs/vae", "--repa", 0,
+               "--steps", 1, "--cache", "cache", "--out", precision)
+    fp32, bf16 = (np.load(f"{folder}/latents.npy") for folder in sorted(glob.glob("cache/*"), reverse=True))
+    assert (fp32 != bf16).any() and np.abs(fp32 - bf16).max() < 0.1 * np.abs(fp32).max()
+
+
 def test_repa_0_needs_no_pictures_once_latents_are_cached(trained, pictures, inside, monkeypatch):
     monkeypatch.setattr(common, "load_image", None)         # any attempt to open a picture fails
     script(train_sit, *SIT, "--data", pictures, "--vae", trained / "runs/vae", "--repa", 0, "--steps", 2)
