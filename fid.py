@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 
 import numpy as np
@@ -82,20 +83,16 @@ class MaxPoolE(tv.InceptionE):
 
 
 def published_weights():
-    """-> path of the published file in torch.hub's folder, downloaded once, with the right hash."""
+    """-> path of the published file in torch.hub's folder, where it is downloaded to once."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
     try:
         if common.rank() == 0 and not os.path.isfile(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_HASH)
-        common.barrier()
-        found = file_hash(path)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download Inception's weights ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
                         f"put it at {path}, or name it with --inception-weights") from None
-    if not found.startswith(WEIGHTS_HASH):
-        raise UserError(f"{path} is not the published file: its sha256 begins with {found[:8]}, not {WEIGHTS_HASH}; "
-                        "remove it to have it downloaded again, or name it with --inception-weights to use it as it is")
+    common.barrier()
     return path
 
 
@@ -108,12 +105,17 @@ class Inception(tv.Inception3):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         self.Mixed_7c = MaxPoolE(2048)
         path = weights or published_weights()
+        with reading(path, "Inception's weights"), open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        published = digest.startswith(WEIGHTS_HASH)
+        if not published and not weights:
+            raise UserError(f"{path} is not the published file: its sha256 begins with {digest[:8]}, not {WEIGHTS_HASH}; remove "
+                            "it to have it downloaded again, or name it with --inception-weights to use it as it is")
+        if not published:
+            say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
         counters = {k: v for k, v in self.state_dict().items() if k.endswith("num_batches_tracked")}
         load_strictly(self, counters | read_weights(path)[0], path)             # some files have no counters
-        self.about = dict(name="Inception", weights=file_hash(path), resize="TensorFlow 1 bilinear to 299x299")
-        self.about["published"] = self.about["weights"].startswith(WEIGHTS_HASH)
-        if not self.about["published"]:
-            say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
+        self.about = dict(name="Inception", weights=digest, published=published, resize="TensorFlow 1 bilinear to 299x299")
         self.eval().requires_grad_(False)
         for name, m in list(self.named_modules()):
             if isinstance(m, tv.BasicConv2d):
@@ -192,13 +194,14 @@ def inception_score(probs, split_size=5000, sums=None):
 
 def precision_recall(ref, samples, k=3, block=512):
     """Features (N,D), (M,D) -> precision: share of samples inside the ball of some reference picture, which reaches to
-    its k-th neighbour; recall: the roles exchanged. Float64, where the features are, `block` rows at a time."""
-    def distances(rows, x):
-        return torch.cat([torch.cdist(rows.double(), part.double()) for part in x.split(8192)], 1)
+    its k-th neighbour; recall: the roles exchanged. Squared distances in float64, `block` rows at a time."""
+    def distances(rows, x):                                 # |a|^2 + |b|^2 - 2 ab, faster and smaller than torch.cdist
+        a, b = (torch.linalg.vector_norm(v, dim=1).square() for v in (rows, x))
+        return torch.addmm(b, rows, x.T, alpha=-2).add_(a[:, None])
 
     def radii(x):                                           # k + 1, as a picture itself is its nearest
-        return torch.cat([distances(rows, x).kthvalue(k + 1).values for rows in x.split(block)])
-    ref, samples = torch.as_tensor(ref), torch.as_tensor(samples)
+        return torch.cat([distances(rows, x).topk(k + 1, largest=False).values[:, k] for rows in x.split(block)])
+    ref, samples = torch.as_tensor(ref).double(), torch.as_tensor(samples).double()
     sample_radii, precise, recalled = radii(samples), False, []
     for rows, reach in zip(ref.split(block), radii(ref).split(block)):
         d = distances(rows, samples)
@@ -230,56 +233,53 @@ def ssim(a, b, data_range=255):
 # ----------------------------------------------------------------------------------------------------------------------
 # From sets of pictures to numbers
 
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ArraySet:
-    """An .npz under ImageSet's names, with `statistics` and `settings`. Its pictures are read when asked for, in order."""
+    """An .npz under ImageSet's names, with `statistics` of Inception and `settings` of sample.py where it has them. Pictures
+    are read when asked for. fingerprint: of the arrays' names, sizes and checksums, which open_npz compares with the data."""
 
     def __init__(self, path):
-        self.shape = (0, 0, 0, 3)
-        try:
+        self.shape, self.labels, self.settings = (0, 0, 0, 3), None, None
+        with reading(path, f".npz ({FORM})"):
             file = self.file = common.open_npz(path)        # stays open for the pictures
-            names = [name for name in (*STATISTICS, "labels", "settings") if name in file]
-            if any(file.zip.getinfo(f"{name}.npy").file_size > 2 ** 28 for name in names):
-                raise ValueError("statistics or labels of more than 256 MiB")
-            self.statistics = {k: torch.from_numpy(file[k].astype(np.float64)) for k in STATISTICS if k in names}
-            self.settings = json.loads(str(file["settings"])) if "settings" in names else None      # of sample.py
-            self.labels = file["labels"] if "labels" in names else None
+            names = set(STATISTICS) & set(file) if "mu" in file and "sigma" in file else ()
+            self.statistics = {k: torch.from_numpy(file[k].astype(np.float64)) for k in names}
+            if "settings" in file:
+                self.settings = json.loads(str(file["settings"]))
             if "arr_0" in file:
                 self.rows = file.zip.open("arr_0.npy")
                 np.lib.format.read_magic(self.rows)
                 self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.rows)
                 self.start = self.rows.tell()
-        except Exception as error:                          # zipfile, zlib and NumPy raise a dozen types
-            raise UserError(f"{path} cannot be read as .npz ({first_line(error)}); {FORM}") from None
-        if "arr_0" in file:
-            images = len(self.shape) == 4 and self.shape[3] == 3 and 0 not in self.shape[1:3]
-            if dtype != np.uint8 or not images or fortran:
-                raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}")
-            if self.labels is not None and self.labels.shape != self.shape[:1]:
-                raise UserError(f"{path}: labels has shape {self.labels.shape}, but arr_0 holds {self.shape[0]} pictures; "
-                                "give one label each, or leave labels out")
-        self.names, self.smallest, self.fingerprint = range(self.shape[0]), min(self.shape[1:3]), file_hash(path)
+                if dtype != np.uint8 or fortran or len(self.shape) != 4 or self.shape[3] != 3 or 0 in self.shape[1:3]:
+                    raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}")
+            for name in {"labels", "arr_1"} & set(file):    # sample.py's, ADM's
+                self.labels = file[name]
+                if self.labels.shape != self.shape[:1]:
+                    raise UserError(f"{path}: {name} has shape {self.labels.shape}, but arr_0 holds {self.shape[0]} pictures; "
+                                    "give one label each, or leave labels out")
+            arrays = [(member.filename, member.file_size, member.CRC) for member in file.zip.infolist()]
+        self.names, self.smallest = range(self.shape[0]), min(self.shape[1:3])
+        self.fingerprint = hashlib.sha256(json.dumps(sorted(arrays)).encode()).hexdigest()
 
-    def load(self, i, size):
-        length = int(np.prod(self.shape[1:]))
-        self.rows.seek(self.start + int(i) * length)
-        return np.frombuffer(self.rows.read(length), np.uint8).reshape(self.shape[1:])
+    def stack(self, index, size):
+        """Indices in a row -> uint8 (b,3,H,W); size is for folders."""
+        length = math.prod(self.shape[1:])
+        self.rows.seek(self.start + int(index[0]) * length)
+        images = np.frombuffer(self.rows.read(len(index) * length), np.uint8).reshape(-1, *self.shape[1:])
+        return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """A set in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num` of an .npz, as they
-    are. Item k: dict(index (b,), image uint8 (b,3,H,W)), or the UserError that common.batches raises."""
+def open_set(path):
+    return common.ImageSet(path) if os.path.isdir(path) else ArraySet(path)
 
-    def __init__(self, path, num=None, size=None, batch_size=16):
+
+class Pictures:
+    """A set, or what open_set gave, in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num`
+    of an .npz, as they are."""
+
+    def __init__(self, path, num=None, size=None, batch_size=16, data=None):
         self.path, self.batch_size, self.folder = path, batch_size, os.path.isdir(path)
-        self.set = common.ImageSet(path) if self.folder else ArraySet(path)
+        self.set = open_set(path) if data is None else data
         available = len(self.set.names)
         self.count, self.size = num or available, size if size and self.folder else self.set.smallest
         if not 2 <= self.count <= available:
@@ -291,21 +291,16 @@ class Pictures(torch.utils.data.Dataset):
             counts = np.unique(self.set.labels[self.chosen], return_counts=True)[1].tolist()
             self.record["labels"] = dict(classes=len(counts), fewest=min(counts), most=max(counts))
 
-    def __getitem__(self, k):
-        index = np.arange(k * self.batch_size, min((k + 1) * self.batch_size, self.count))
-        try:
-            images = np.stack([self.set.load(i, self.size) for i in self.chosen[index]])
-        except Exception as error:
-            where = "" if isinstance(error, UserError) else f"{self.path} is damaged near picture {index[0]}: "
-            return UserError(f"{where}{error}")
-        return dict(index=torch.from_numpy(index), image=torch.from_numpy(images).permute(0, 3, 1, 2))
+    def stack(self, index, size):
+        return self.set.stack(self.chosen[index], size)
 
     def batches(self, device, workers):
-        """This process's share -> (index, images) on the device."""
+        """This process's share -> (index (b,), images uint8 (b,3,H,W)) on the device."""
+        blocks = common.Blocks(self.stack, self.size, self.count, self.batch_size)
         mine = range(common.rank(), -(-self.count // self.batch_size), common.world())
-        loader = common.batches(self, mine, workers if self.folder else 0, device)
-        for batch in tqdm(loader, self.path, len(mine), unit="batch", leave=False, disable=common.rank() > 0):
-            yield batch["index"], batch["image"]
+        loader = common.batches(blocks, mine, workers if self.folder else 0, device)
+        for k, batch in zip(mine, tqdm(loader, self.path, len(mine), unit="batch", leave=False, disable=common.rank() > 0)):
+            yield k * self.batch_size + torch.arange(len(batch["image"]), device=device), batch["image"]
 
 
 def collect(net, batches, count, keep=0):
@@ -347,18 +342,15 @@ def read_statistics(cache, device):
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
     """What `collect` gives for a reference, or as much as an .npz holds of it -> dict, record. What was computed is
     kept under runs/cache for the next time."""
-    device, held = next(net.parameters()).device, {}
-    if not os.path.isdir(path):
-        file = ArraySet(path)
-        if isinstance(net, Inception) and {"mu", "sigma"} <= set(file.statistics):
-            held = file.statistics
-        wrong = [k for k, v in held.items() if v.shape != STATISTICS[k] or not v.isfinite().all()]
-        if wrong:
-            raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
-        if held and not (keep and file.names):
-            return held, dict(path=path, hash=file.fingerprint, statistics="of the file")
-    pictures = Pictures(path, num, size, batch_size)
-    files = map(pictures.set.path, pictures.chosen) if pictures.folder else ()
+    device, data = next(net.parameters()).device, open_set(path)
+    held = data.statistics if isinstance(net, Inception) and isinstance(data, ArraySet) else {}
+    wrong = [k for k, v in held.items() if v.shape != STATISTICS[k] or not v.isfinite().all()]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
+    if held and not (keep and data.names):
+        return held, dict(path=path, hash=data.fingerprint, statistics="of the file")
+    pictures = Pictures(path, num, size, batch_size, data)
+    files = map(data.path, pictures.chosen) if pictures.folder else ()
     times = [os.stat(file).st_mtime_ns for file in files]               # the hash would miss a file written over
     known = json.dumps([pictures.record, times, keep, net.about])
     cache = os.path.join("runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt")

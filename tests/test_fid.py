@@ -395,6 +395,22 @@ def test_a_folders_pictures_are_cut_to_the_samples_side(net, tmp_path):
     assert fid.Pictures(str(tmp_path)).size == 64
 
 
+def test_a_set_as_adm_writes_it(folders, inside):
+    """Labels are the second array; the hash is of the content, however it is packed."""
+    arrays, labels = np.load(folders / "a.npz")["arr_0"], np.array([0, 0, 0, 0, 1, 1, 5, 5, 5])
+    np.savez("adm.npz", arrays, labels)
+    np.savez_compressed("packed.npz", arr_1=labels, arr_0=arrays)
+    plain, packed = fid.Pictures("adm.npz", batch_size=4), fid.Pictures("packed.npz", batch_size=4)
+    assert plain.record["labels"] == dict(classes=3, fewest=2, most=4)
+    assert plain.record["hash"] == packed.record["hash"] and len(plain.record["hash"]) == 64
+    for pictures in (plain, packed):
+        images = torch.cat([images for _, images in pictures.batches(torch.device("cpu"), 0)])
+        assert torch.equal(images, torch.from_numpy(arrays).permute(0, 3, 1, 2))
+    arrays[8, 31, 31, 2] ^= 1
+    np.savez("adm.npz", arrays, labels)
+    assert fid.Pictures("adm.npz").record["hash"] != plain.record["hash"]
+
+
 def test_training_measures_with_it(weights, folders, inside):
     """--fid-every of both training scripts writes the numbers into metrics.jsonl."""
     import train_sit
@@ -424,7 +440,8 @@ def test_memory_does_not_hold_the_set(tmp_path):
     path = write(tmp_path / "big.npz", 320)
     tracemalloc.start()
     pictures = fid.Pictures(path)
-    assert len(pictures[0]["image"]) == len(pictures[1]["image"]) == 16
+    batches = pictures.batches(torch.device("cpu"), 0)
+    assert len(next(batches)[1]) == len(next(batches)[1]) == 16
     assert tracemalloc.get_traced_memory()[1] < 320 * 256 * 256 * 3 / 4
     tracemalloc.stop()
     with pytest.raises(models.UserError, match="arr_0.npy is cut, or claims the wrong shape .16000, 256, 256, 3"):
@@ -444,6 +461,7 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     np.savez("wrong.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez("few.npz", arr_0=arrays, labels=np.zeros(5, dtype=int))
     np.savez("onehot.npz", arr_0=arrays, labels=np.eye(9))
+    np.savez("pair.npz", arrays, arrays)
     open("text.npz", "w").write("no archive")
     with open("array.npz", "wb") as file:
         np.save(file, arrays)
@@ -467,6 +485,7 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
         assert words in sentence and "uint8 of shape (N,H,W,3)" in sentence and f"{name}.npz" in sentence
     assert "few.npz: labels has shape (5,), but arr_0 holds 9 pictures" in error("few.npz", "--ref", ref)
     assert "onehot.npz: labels has shape (9, 9)" in error(good, "--ref", "onehot.npz")
+    assert "pair.npz: arr_1 has shape (9, 32, 32, 3)" in error("pair.npz", "--ref", ref)
     assert "No such file" in error("absent.npz", "--ref", ref)
     assert "damaged" in error("damaged.npz", "--ref", ref)
     assert "has 9 pictures, but 20 are needed" in error(good, "--ref", ref, "--num", 20)
@@ -483,4 +502,4 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     assert "--data" in error("--vae", folders / "vae")
     assert "no set of samples" in error("--ref", ref)
     assert "no_such_model" in error(good, "--ref", ref, "--features", "no_such_model")
-    assert "no such file" in refused(capsys, fid, good, "--ref", ref, "--inception-weights", "absent.pth")
+    assert "No such file" in refused(capsys, fid, good, "--ref", ref, "--inception-weights", "absent.pth")
