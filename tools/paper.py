@@ -4,6 +4,7 @@ the command lines, the paper's numbers, GPU-hours, and what to download. Nobody 
 GPU-hours are computed, not measured: matrix products, convolutions and attention of each network are counted at batch 1 on the
 meta device, which has shapes and no numbers, and divided by CARD * SHARE. Evaluation and reading of pictures are not in them.
 """
+import functools
 import shlex
 from unittest import mock
 
@@ -161,25 +162,31 @@ def forward(net, *inputs):
     return operations(lambda: net(*inputs))
 
 
+@functools.cache
+def vae_operations(name):
+    """Of one picture: encoding, decoding, and the VAE's whole training with the statistics at its end over all pictures."""
+    with torch.device("meta"):
+        args, vae, vfm, mapper = make_vae(name)
+        encoding = forward(vae.encode, torch.zeros(1, 3, vae.resolution, vae.resolution))
+        decoding = forward(vae.decode, torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size))
+        training = 0 if mapper is None else args.epochs * operations(lambda: vae_step(vae, vfm, mapper))
+    return encoding, decoding, training + encoding
+
+
 def hours(table, vaes, flags):
     """{stage: GPU-hours} of one row."""
-    count = dict(VAE=0)
-    with torch.device("meta"):
-        for name in vaes.split():
-            args, vae, vfm, mapper = make_vae(name)
-            encoding = forward(vae.encode, torch.zeros(1, 3, vae.resolution, vae.resolution))
-            count["VAE"] += PICTURES * encoding             # the final statistics
-            if mapper is not None:
-                count["VAE"] += args.epochs * PICTURES * operations(lambda: vae_step(vae, vfm, mapper))
-        if table not in ("probe", "reconstruction"):
+    count = dict(VAE=PICTURES * sum(vae_operations(v)[2] for v in vaes.split()))
+    if table not in ("probe", "reconstruction"):
+        encoding, decoding, _ = vae_operations(vaes)
+        with torch.device("meta"):
+            _, vae, *_ = make_vae(vaes)
             args, sit, vfm = make_sit(vae, flags)
             z = torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size)
             once = forward(sit, z, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-            decoding = forward(vae.decode, z)
-            count["caching"] = 2 * PICTURES * encoding      # with mirror images
-            count["SiT"] = args.epochs * PICTURES * operations(lambda: sit_step(vae, sit, vfm))
-            evaluations = 250 + (table == "system") * 250 * 1.75                    # guidance doubles them for t < 0.75
-            count["sampling"] = 50000 * (evaluations * once + (1 + (table == "system")) * decoding)
+            step = operations(lambda: sit_step(vae, sit, vfm))
+        guided = table == "system"                          # two sets, and guidance doubles evaluations for t < 0.75
+        sampling = 250 * once * (1 + 1.75 * guided) + decoding * (1 + guided)
+        count.update(caching=2 * PICTURES * encoding, SiT=args.epochs * PICTURES * step, sampling=50000 * sampling)
     return {stage: n / (CARD * SHARE) / 3600 for stage, n in count.items()}
 
 

@@ -463,8 +463,7 @@ def intro(args, results, size, vaes):
         f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures "
         f"from scratch (`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` "
         "with one thing changed, `_s1` and `_s2` another seed of the tuning. SiT of depth 6, width 192, patch 2, steps of 64, no "
-        "REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step "
-        f"{size['compare']}.", "",
+        f"REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}.", "",
         "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment "
         "target's own pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test "
         "pictures. ± is half a 95% t-interval over SiT seeds (their number).", "",
@@ -482,6 +481,7 @@ def write(args, out, size, vaes, classes, attributes, path):
     if paired:
         lines += along_training(results)
         draw_curves(results, f"{out}/study.png" if args.quick else "docs/study.png")
+        lines += ["![distance over SiT steps](study.png)" if args.quick else "![distance over SiT steps](docs/study.png)", ""]
     lines += remark(1)
     if not args.quick:
         for number in range(2, 8):
