@@ -122,7 +122,7 @@ def random_lpips(m):
     state = {k: v for k, v in vgg16().state_dict().items() if k.startswith("features")}
     state.update({f"lin{i}": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))})
     torch.save(state, "lpips.pth")                          # in the row's own folder
-    return models.LPIPS("lpips.pth").to(m.device, memory_format=common.layout(m.device))
+    return models.LPIPS(["lpips.pth"]).to(m.device, memory_format=common.layout(m.device))
 
 
 def random_pictures(count, size, device="cpu"):
