@@ -277,14 +277,14 @@ def main():
                          args.mapper_depth, width, args.mapper_hidden))
         vfm = vfm.to(device)
     if args.lpips:
-        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
+        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device, precision))
     if args.gan:
         torch.manual_seed(args.seed + 2)
         disc = load_discriminator(args.init_disc).train() if args.init_disc else PatchDiscriminator()
-        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
+        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device, precision))
     if args.freeze and mapper is None:
         raise UserError("--freeze trains the mapper only, but --align none builds none")
-    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
+    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device, precision))
     net.vae.requires_grad_(not args.freeze)
     ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
     count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in
