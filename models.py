@@ -95,8 +95,46 @@ def projector(dim, out, width=2048):
 # ----------------------------------------------------------------------------------------------------------------------
 # VAE: the AutoencoderKL of latent diffusion (Rombach et al. 2022), under its parameter names
 
+class ChannelsLastNorm(torch.autograd.Function):
+    """group_norm with its own backward pass, for bf16 in channels_last on a CPU, where PyTorch's takes 4 to 10 times as long as
+    in contiguous memory. With it convolutions can run in channels_last: a VAE step at 256 px takes 4.00 s instead of 4.52."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        B, C, h, w = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, B, C, h * w, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors           # mean and 1/std of the groups, fp32 (B,G)
+        B, C, h, w = x.shape
+        x, dy = (t.permute(0, 2, 3, 1).reshape(B, h * w, C) for t in (x, dy))
+        mean, rstd, weight = mean[..., None], rstd[..., None], weight.view(mean.shape[1], -1)
+        dbias = dy.sum(1, dtype=torch.float32).view(B, *weight.shape)                  # a picture's, (B,G,C/G)
+        dweight = ((dy * x).sum(1, dtype=torch.float32).view_as(dbias) - mean * dbias) * rstd
+        # dx = rstd (weight dy - mean of it over the group - xhat mean of weight dy xhat over the group), xhat = (x-mean) rstd
+        count = h * w * weight.shape[1]
+        of_one = (weight * dbias).sum(2, keepdim=True) / count
+        of_x = (weight * dweight).sum(2, keepdim=True) / count * rstd
+
+        def a_channel(value):                               # -> (B,1,C)
+            return value.expand_as(dbias).reshape(B, 1, C).to(x.dtype)
+        dx = torch.addcmul(a_channel(rstd * (of_x * mean - of_one)), x, a_channel(-rstd * of_x))
+        dx = torch.addcmul(dx, dy, a_channel(rstd * weight))
+        return dx.view(B, h, w, C).permute(0, 3, 1, 2), dweight.sum(0).flatten(), dbias.sum(0).flatten(), None, None
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last):
+            return ChannelsLastNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return super().forward(x)
+
+
 def norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

@@ -194,6 +194,7 @@ def main():
         raise UserError(f"--steps {args.steps}: at least 2 are needed")
     path = args.sit or os.path.dirname(common.newest("sit.safetensors", "SiT", "python train_sit.py"))
     sit, vae = load_pair(path, args.vae, device, ema=not args.raw)
+    vae.to(memory_format=common.layout(device, precision))
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     args.out = args.out or os.path.join(folder, "samples.npz" if args.num else "grid.png")
     if args.out.endswith(".npz") != bool(args.num) or not args.out.endswith((".npz", ".png")):

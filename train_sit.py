@@ -154,7 +154,7 @@ def main():
 
     # Data and latents
     args.vae = args.vae or os.path.dirname(common.newest("vae.safetensors", "VAE", "python train_vae.py"))
-    vae = load_vae(args.vae, device)
+    vae = load_vae(args.vae, device).to(memory_format=common.layout(device, precision))
     data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
     folder = cache_latents(vae, data, args.flip, args, device, precision)

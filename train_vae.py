@@ -218,7 +218,7 @@ def other_pictures(data, partner, size, index, flip):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def build_networks(args, device):
+def build_networks(args, device, precision):
     """-> SendVAE, vision model, LPIPS, discriminator, the last three None where they are not needed. The global generator is
     for initial weights only, so it is seeded before each network: all other draws are common.normal's."""
     torch.manual_seed(args.seed)
@@ -241,14 +241,14 @@ def build_networks(args, device):
             mapper = Mapper(vae.channels, vae.latent_size, patch, vfm.dim, args.mapper_heads or max(1, width // 64),
                             args.mapper_depth, width, args.mapper_hidden)
     if args.lpips:
-        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device))
+        lpips = LPIPS(args.lpips_weights).to(device, memory_format=common.layout(device, precision))
     if args.gan:
         torch.manual_seed(args.seed + 2)
         disc = PatchDiscriminator()
         if args.init_disc:
             disc = published(args.init_disc).load_discriminator(args.init_disc).train()
-        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device))
-    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device))
+        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device, precision))
+    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device, precision))
     return net, vfm, lpips, disc
 
 
@@ -277,7 +277,7 @@ def main():
         say(f"note: some pictures are smaller than {args.resolution} pixels (the smallest {data.smallest}) and are enlarged")
 
     # Networks and optimisers
-    net, vfm, lpips, disc = build_networks(args, device)
+    net, vfm, lpips, disc = build_networks(args, device, precision)
     vae, mapper = net.vae, net.mapper
     ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
     count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in

@@ -69,6 +69,24 @@ def test_sit_grad_checkpoint_changes_nothing_but_memory():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads)) and peaks[1] < peaks[0]
 
 
+def test_attention_and_group_norm_in_bf16_on_a_cpu_are_those_of_fp32():
+    """Both have their own code there: values and gradients against PyTorch's, of the same rounded numbers."""
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, 50, 16).bfloat16() for _ in range(4))
+    x, gx = (torch.randn(3, 24, 6, 10).bfloat16().to(memory_format=torch.channels_last) + 0.5 for _ in range(2))
+    norm = models.norm(24, 4)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    for fast, exact, inputs, grad in (
+            (models.attention, F.scaled_dot_product_attention, (q, k, v), g),
+            (lambda x, *_: norm(x), lambda x, w, b: F.group_norm(x, 4, w, b, 1e-6), (x, norm.weight, norm.bias), gx)):
+        found = fast(*(t.requires_grad_() for t in inputs))
+        wanted = exact(*(copies := [t.detach().float().requires_grad_() for t in inputs]))
+        found.backward(grad), wanted.backward(grad.float())
+        assert found.dtype == torch.bfloat16
+        for a, b in [(found, wanted), *((t.grad, c.grad) for t, c in zip(inputs, copies))]:
+            assert (a.float() - b).norm() < 0.01 * b.norm()
+
+
 def test_operations_of_attention_are_its_two_products():
     q, k, v = (torch.randn(2, 3, 7, 16, requires_grad=True) for _ in range(3))
 

@@ -81,7 +81,7 @@ def published(on=True):
     with contextlib.ExitStack() as stack:
         for module, name, plain in (
                 (models, "attention", plain_attention), (common, "ema_update", plain_ema),
-                (common.Guard, "step", plain_update), (common, "layout", lambda device: torch.contiguous_format),
+                (common.Guard, "step", plain_update), (common, "layout", lambda *_: torch.contiguous_format),
                 (train_vae, "align_loss", lambda p, q: 1 - plain_cosine(p, q)),
                 (train_sit, "repa_loss", lambda p, q: -plain_cosine(p, q))):
             if on:
@@ -122,7 +122,7 @@ def random_lpips(m):
     state = {k: v for k, v in vgg16().state_dict().items() if k.startswith("features")}
     state.update({f"lin{i}": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))})
     torch.save(state, "lpips.pth")                          # in the row's own folder
-    return models.LPIPS(["lpips.pth"]).to(m.device, memory_format=common.layout(m.device))
+    return models.LPIPS(["lpips.pth"]).to(m.device, memory_format=common.layout(m.device, m.precision))
 
 
 def random_pictures(count, size, device="cpu"):
@@ -173,9 +173,10 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
     vision = random_vfm(m, vfm, size, vae.latent_size // patch) if "align" in terms else None
     mapper = models.Mapper(vae.channels, vae.latent_size, patch, vision.dim, max(1, vision.dim // 64)) if vision else None
     lpips = random_lpips(m) if "lpips" in terms else None
-    disc = models.PatchDiscriminator().to(m.device, memory_format=common.layout(m.device)) if "gan" in terms else None
+    memory_format = common.layout(m.device, m.precision)
+    disc = models.PatchDiscriminator().to(m.device, memory_format=memory_format) if "gan" in terms else None
     net = train_vae.SendVAE(vae, mapper, bool({"recon", "lpips", "gan"} & set(terms)))
-    net.to(m.device, memory_format=common.layout(m.device))
+    net.to(m.device, memory_format=memory_format)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     forward, critic, vision, lpips = (compiled(m, part) for part in (net, disc, vision, lpips))
     guard = common.Guard(net, adamw(m, net.parameters()), 1.0)
@@ -234,7 +235,7 @@ def sampling(m, size, batch, sampler, steps, cfg, timed=4):
     """SiT evaluations of sample.py without the decoder: `timed` steps spread over the whole time, scaled to `steps` by the
     number of evaluations, two a step where guidance acts."""
     torch.manual_seed(0)
-    net = wake(models.SiT(size, 2, 4, 32)).to(m.device).eval().requires_grad_(False)
+    net = wake(models.SiT(size, 2, 4, 32)).to(m.device).eval()        # autocast keeps bf16 copies of what could be trained
     if m.compile:
         net.forward = torch.compile(net.forward)
     ids = torch.arange(batch, device=m.device)
@@ -251,7 +252,7 @@ def sampling(m, size, batch, sampler, steps, cfg, timed=4):
 
 
 def decoding(m, spec, batch, size):
-    vae = models.VAE(spec, size).to(m.device, memory_format=common.layout(m.device)).eval().requires_grad_(False)
+    vae = models.VAE(spec, size).to(m.device, memory_format=common.layout(m.device, m.precision)).eval().requires_grad_(False)
     decode = torch.compile(vae.decode) if m.compile else vae.decode
     z = torch.randn(batch, vae.channels, vae.latent_size, vae.latent_size).to(m.device)
     return inference(m, lambda: common.to_uint8(decode(z))), batch
@@ -271,7 +272,7 @@ def write_jpegs(count):
 def caching(m, spec, batch, size):
     """train_sit.py's latent cache from JPEG files, one side, read in this process."""
     data, folders = write_jpegs(batch), (f"cache{i}" for i in itertools.count())
-    vae = models.VAE(spec, size).to(m.device, memory_format=common.layout(m.device)).eval().requires_grad_(False)
+    vae = models.VAE(spec, size).to(m.device, memory_format=common.layout(m.device, m.precision)).eval().requires_grad_(False)
     vae.info = dict(hash="0" * 16, path="none")
 
     def step():
@@ -458,6 +459,29 @@ def table(args, device):
     return lines
 
 
+def agreement(args, device):
+    """How far bf16 moves pictures: 50 SDE steps of a trained SiT, cfg 2.5, as the baseline draws them in fp32, as ours from the
+    same noise, and as the baseline from other noise. Squared Frechet distances of the colours of an 8x8 grid (192 numbers)."""
+    import fid
+    sit, vae = sample.load_pair(args.agreement, None, device)
+    precision = common.resolve_precision(args.precision, device)
+
+    def drawn(plain, precision, seed):
+        with published(plain):
+            parts = [sample.draw(sit, vae, ids, ids % sit.num_classes, seed, precision, "sde", 50)
+                     for ids in torch.arange(1024, device=device).split(64)]
+        return torch.cat(parts).float()
+
+    def moments(x):
+        x = F.adaptive_avg_pool2d(x, 8).flatten(1).double()
+        return x.mean(0), torch.cov(x.T)
+    plain = drawn(True, "fp32", 0)
+    for text, *how in ((f"ours {precision}, same noise", False, precision, 0), ("baseline fp32, other noise", True, "fp32", 1)):
+        x = drawn(*how)
+        print(f"{text}: Frechet distance {fid.frechet_distance(*moments(plain), *moments(x)):.4g}, root mean square difference "
+              f"of pixels {(x - plain).square().mean().sqrt().item():.2f} of 255", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -472,11 +496,14 @@ def main():
     p.add_argument("--repeats", type=int, default=3, help="timed steps after one of warm-up; the fastest counts")
     p.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of the clock's: for one thread on a machine "
                    "that is shared with other work")
+    p.add_argument("--agreement", metavar="RUN", help="instead: how far the precision moves a trained SiT's pictures")
     p.add_argument("--write", action="store_true", help="append the table to BENCHMARKS.md")
     p.add_argument("--row", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.row:
         return one_row(args)
+    if args.agreement:
+        return agreement(args, common.setup(args.device))
     names = rows(args.quick)
     unknown = sorted(set(args.only or ()) - set(names))
     if unknown:
