@@ -218,5 +218,5 @@ def describe(table):
     for row, expected, vaes, flags in TABLES[table]:
         spent = hours(table, vaes, flags)
         yield f"\n# {table}, {row}. Paper: {expected}"
-        yield f"# {sum(spent.values()):.0f} GPU-hours: " + ", ".join(f"{stage} {n:.2g}" for stage, n in spent.items())
+        yield f"# {sum(spent.values()):.3g} GPU-hours: " + ", ".join(f"{stage} {n:.3g}" for stage, n in spent.items())
         yield from commands(table, vaes, flags)

@@ -392,7 +392,7 @@ def chart(title, x_label, y_label, series, line=False, zero=(), size=(720, 400))
             u, v = at(x, y)
             pen.ellipse((u - 3, v - 3, u + 3, v + 3), outline=colour)
             pen.text((min(u + 6, size[0] - 6 * len(name)), v - 12), name, colour)
-        pen.text((right - 190, top + 6 + 14 * i), label, colour)
+        pen.text((right - 6 * max(map(len, series)), top + 6 + 14 * i), label, colour)
     return canvas
 
 
