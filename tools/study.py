@@ -26,7 +26,7 @@ from scipy import stats
 import common
 from common import say
 from models import UserError
-from probe import correlate
+from tools.correlate import correlate
 
 NET = "--spec f4d16 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1"
 TRAIN = ("--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 8 --lr-schedule cosine --warmup 100 --ema 0.99 "
