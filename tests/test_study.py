@@ -19,7 +19,7 @@ import probe
 import sample
 import train_sit
 import train_vae
-from tools import judge, paper, report, study
+from tools import benchmarks, judge, paper, report, study
 
 PARSERS = {"train_vae.py": train_vae, "train_sit.py": train_sit, "sample.py": sample, "probe.py": probe, "fid.py": fid}
 
@@ -177,7 +177,7 @@ def test_attributes_are_in_awa2s_form(tmp_path):
             (tmp_path / "train" / name / f"{i}.png").write_bytes(b"x")
     study.write_attributes(str(tmp_path), str(tmp_path / "out"))
     args = probe.parse_arguments([])
-    bench = probe.read_awa2(str(tmp_path / "out" / "attributes"), args)
+    bench = benchmarks.read_awa2(str(tmp_path / "out" / "attributes"), args)
     horse = bench.targets[[n.startswith("horse/") for n in bench.names]][0]
     assert bench.attributes == list(study.ATTRIBUTES) and {a for a, v in zip(bench.attributes, horse) if v} == {
         "animal", "four_legs", "hooves", "fur", "carries_people", "larger_than_a_man"}

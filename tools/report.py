@@ -12,7 +12,7 @@ from scipy import stats
 
 import common
 from common import say
-from probe import correlate
+from tools.correlate import correlate
 
 # section: title, {VAE: the paper's gFID beside it, where it has one}, what of the paper that is, pairs (smaller, larger
 # distance) as the paper finds them or, where it is silent, as its claim would have them. <VAE>-repa: SiTs with the REPA loss
