@@ -210,7 +210,16 @@ def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert models.load_vae("hf:owner/name/sub@v2").channels == 4
-    assert asked == [(("owner/name",), dict(revision="v2", allow_patterns=["sub", "sub/*"]))]
+    assert asked == [(("owner/name",), dict(revision="v2", allow_patterns=["sub", "sub/*", "*stats.pt", "config.json"]))]
+
+
+def test_in_a_folder_of_several_files_the_vae_is_found_and_its_statistics_count(tmp_path):
+    """REPA-E's repositories hold the discriminator, which sorts before the VAE, and the latents' statistics beside it."""
+    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "sdvae-f8d4.pt")
+    torch.save({"loss.discriminator.main.0.weight": torch.zeros(1)}, tmp_path / "sdvae-f8d4-discriminator-ckpt.pt")
+    torch.save(dict(latents_scale=torch.full((4,), 0.5), latents_bias=torch.ones(4)), tmp_path / "sdvae-f8d4-latents-stats.pt")
+    vae = models.load_vae(tmp_path)
+    assert vae.latent_mean.tolist() == [1] * 4 and vae.latent_std.tolist() == [2] * 4
 
 
 def test_a_sit_trained_on_a_vae_of_the_hub_finds_it_again(tmp_path, monkeypatch):

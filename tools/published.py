@@ -25,7 +25,9 @@ def fetch(path):
         raise UserError(f"{path} is not hf:<owner>/<repository>[/<file>][@<revision>]")
     repository, inside, revision = found.groups()
     from huggingface_hub import snapshot_download
-    patterns = [inside, f"{inside}/*"] if inside else ["*.json", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin"]
+    patterns = ["*.json", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin"]
+    if inside:                                              # and what tells the mean and std of its latents
+        patterns = [inside, f"{inside}/*", *(os.path.join(os.path.dirname(inside), f) for f in ("*stats.pt", "config.json"))]
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:
@@ -40,7 +42,7 @@ def find_vae(path):
         return folder
     names = ["vae.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
     files = sorted(os.listdir(folder))
-    loose = [f for f in files if f.endswith((".pt", ".pth", ".ckpt", ".safetensors")) and "stats" not in f]
+    loose = [f for f in files if f.endswith((".pt", ".pth", ".ckpt", ".safetensors")) and not re.search("stats|discriminator", f)]
     found = [f for f in names if f in files] + loose
     if not found:
         raise UserError(f"{path} holds no weights ({', '.join(names)}, or a .pt, .pth, .ckpt)")
