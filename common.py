@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
@@ -102,8 +103,24 @@ def setup(device=None, timeout=1800):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        timeout = datetime.timedelta(seconds=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, rank=number, world_size=count,
+                                store=this_start(store, number, count))
     return torch.device(device)
+
+
+def this_start(store, number, count):
+    """What only the processes of this start share of torchrun's store. It outlives them: after a restart (--max-restarts) it still
+    holds the addresses of the dead, and its count of restarts differs between nodes. So all agree on everybody's new name."""
+    names, seen = [f"name {i}" for i in range(count)], [f"seen {i}" for i in range(count)]
+    store.set(names[number], uuid.uuid4().hex)
+    while True:
+        everybody = b" ".join(store.multi_get(names))
+        store.set(seen[number], everybody)
+        if set(store.multi_get(seen)) == {everybody}:
+            return dist.PrefixStore(hashlib.sha256(everybody).hexdigest(), store)
+        time.sleep(0.1)
 
 
 def resolve_precision(precision, device):

@@ -122,6 +122,31 @@ def rank_1_in(folder):
     return min(pid for pid, environment in processes_in(folder).items() if environment.get("LOCAL_RANK") == "1")     # not its loader
 
 
+def test_torchrun_restarts_a_run_that_lost_a_process(pictures, tmp_path):
+    """One of two processes is killed: both are started again and the run goes on by itself, in a folder whose name has spaces."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    words = [*VAE, "--data", pictures, "--align", "none", "--steps", 12, "--save-every", 3, "--log-every", 2]
+    torchrun(2, "train_vae", *words, "--out", "whole", cwd=folder)
+    with open(folder / "output.txt", "w") as out:
+        run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                                os.path.join(ROOT, "train_vae.py"), *map(str, words)], cwd=folder, stdout=out, stderr=out,
+                               env=dict(os.environ, OMP_NUM_THREADS="1"))
+    try:
+        wait_for(lambda: len(common.list_checkpoints(str(folder / "runs/vae"))) >= 2)
+        os.kill(rank_1_in(folder), signal.SIGKILL)
+        assert run.wait(300) == 0
+    finally:
+        kill_all_in(folder)
+    text = (folder / "output.txt").read_text()
+    assert "resuming  runs/vae at step" in text and "process 0 lost process 1" in text, text
+    a, b = (common.load_checkpoint(str(folder / f), "cpu") for f in ("runs/vae", "whole"))
+    assert a["step"] == 12 and all(same_state(a[k], b[k]) for k in a if k != "arguments")
+    metrics = [[{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in open(folder / f / "metrics.jsonl")]
+               for f in ("runs/vae", "whole")]
+    assert metrics[0] == metrics[1] and [line["step"] for line in metrics[0]] == [2, 4, 6, 8, 10, 12]
+
+
 def test_a_signal_to_one_process_stops_all_together(pictures, tmp_path):
     words = [*VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 100000, "--save-every", 100000, "--workers", 1]
     run = start(2, "train_vae", *words, cwd=tmp_path)
