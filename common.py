@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 
@@ -38,13 +40,15 @@ def run(main):
     """Calls a script's main(); what a user can mend becomes one sentence on stderr and exit code 2, Ctrl-C code 130."""
     try:
         main()
-    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+    except (UserError, KeyboardInterrupt, RuntimeError, OSError) as error:
         if isinstance(error, UserError):
             text = f"error: {error}"
         elif isinstance(error, KeyboardInterrupt):
             text = "interrupted; the same command goes on from what is saved"
         elif isinstance(error, torch.OutOfMemoryError):
             text = f"error: {str(error).split('. ')[0]}; lower --batch-size, raise --accum, or try --grad-checkpoint"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            text = f"error: {error.strerror}{f': {error.filename}' * bool(error.filename)}; make room and give the same command again"
         elif isinstance(error, dist.DistError) or world() > 1 and "gloo" in str(error):
             text = f"error: process {rank()} lost {missing()}, which died or hangs; see the messages above and below"
         else:
@@ -99,8 +103,24 @@ def setup(device=None, timeout=1800):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        timeout = datetime.timedelta(seconds=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout, rank=number, world_size=count,
+                                store=this_start(store, number, count))
     return torch.device(device)
+
+
+def this_start(store, number, count):
+    """What only the processes of this start share of torchrun's store. It outlives them: after a restart (--max-restarts) it still
+    holds the addresses of the dead, and its count of restarts differs between nodes. So all agree on everybody's new name."""
+    names, seen = [f"name {i}" for i in range(count)], [f"seen {i}" for i in range(count)]
+    store.set(names[number], uuid.uuid4().hex)
+    while True:
+        everybody = b" ".join(store.multi_get(names))
+        store.set(seen[number], everybody)
+        if set(store.multi_get(seen)) == {everybody}:
+            return dist.PrefixStore(hashlib.sha256(everybody).hexdigest(), store)
+        time.sleep(0.1)
 
 
 def resolve_precision(precision, device):
@@ -745,7 +765,15 @@ def resumable_array(folder, name, dtype, shape, block):
     path, marks = os.path.join(folder, name), os.path.join(folder, "done.npy")
     if rank() == 0 and not os.path.exists(marks):
         os.makedirs(folder, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+        try:
+            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+            if hasattr(os, "posix_fallocate"):              # not on macOS
+                with open(path, "r+b") as file:             # a mapped file that meets a full disk later kills the process
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+            raise UserError(f"cannot write {path}, {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.1f} GB: {error.strerror}") from None
         with writing(marks) as file:                        # last: its presence says that the array is there
             np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
     barrier()
@@ -939,6 +967,15 @@ def provenance():
                 date=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
+@contextlib.contextmanager
+def going_on(path):
+    """Around what a run can do without: a failed write of it is said."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: cannot write {path}: {error.strerror}; training goes on")
+
+
 def write_json(path, value):
     with writing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
@@ -965,7 +1002,7 @@ class RunLog:
                             lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= start)
             with writing(path) as file:
                 file.write("".join(lines).encode())
-            self.file = open(path, "a")
+            self.file, self.unwritten = open(path, "ab", buffering=0), b""
             write_json(os.path.join(folder, "config.json"), dict(arguments=vars(args), provenance=provenance()))
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
@@ -991,8 +1028,16 @@ class RunLog:
             self.write(dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2)))
 
     def write(self, line):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        """What a full disk does not take is written with a later line: none is lost or cut."""
+        self.unwritten += (json.dumps(line) + "\n").encode()
+        with going_on(self.file.name):
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+
+    def pictures(self, step, rows):
+        path = os.path.join(self.folder, "samples", f"{step:07d}.png")
+        with going_on(path):
+            save_grid(path, rows)
 
     def note(self, step, values):
         """A line of measurements other than the losses, also said."""

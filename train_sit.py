@@ -82,9 +82,6 @@ def cache_latents(vae, data, flip, args, device, precision):
     common.lock(folder, wait=True)
     try:
         if common.rank() == 0 and not os.path.exists(record):
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            if free < np.prod(shape) * 2:
-                raise UserError(f"the latent cache needs {np.prod(shape) * 2 / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
             common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
                                            precision=precision))
         latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
@@ -234,7 +231,7 @@ def main():
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
-            common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), pictures.split(args.preview_n))
+            log.pictures(step, pictures.split(args.preview_n))
         if every(args.fid_every):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume

@@ -200,15 +200,15 @@ def principal_components(z):
 
 
 @torch.no_grad()
-def draw_pictures(vae, data, step, args, device, precision):
-    """samples/<step>.png: pictures, their reconstructions, and the principal components of their latents."""
+def draw_pictures(vae, data, device, precision):
+    """-> rows of pictures, their reconstructions, and the principal components of their latents, uint8 (b,3,H,W)."""
     batch = common.Batches(data, common.world() * 8, seed=0, size=vae.resolution, flip=False)[0]
     x = common.from_uint8(batch["image"].to(device))
     with common.autocast(device, precision):
         z = vae.encode(x)[0]
         y = vae.decode(z)
     colours = F.interpolate(principal_components(z).float(), x.shape[2:], mode="nearest").to(torch.uint8)
-    common.save_grid(os.path.join(args.out, "samples", f"{step:07d}.png"), [common.to_uint8(x), common.to_uint8(y), colours])
+    return common.to_uint8(x), common.to_uint8(y), colours
 
 
 def other_pictures(data, partner, size, index, flip):
@@ -353,7 +353,7 @@ def main():
         if step > start and every(args.log_every):
             log.line(step, active)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
-            draw_pictures(ema.vae, val_data or data, step, args, device, precision)
+            log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
         if due:
             ema.eval()
             stats_images = 4000 if step < total else args.stats_images or len(data)
