@@ -14,7 +14,6 @@ import argparse
 import copy
 import functools
 import math
-import os
 
 import numpy as np
 import torch
