@@ -344,7 +344,7 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     kept under runs/cache for the next time."""
     device, data = next(net.parameters()).device, open_set(path)
     held = data.statistics if isinstance(net, Inception) and isinstance(data, ArraySet) else {}
-    wrong = [k for k, v in held.items() if v.shape != STATISTICS[k] or not v.isfinite().all()]
+    wrong = [k for k, shape in STATISTICS.items() if k in held and (held[k].shape != shape or not held[k].isfinite().all())]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
     if held and not (keep and data.names):
