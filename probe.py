@@ -88,6 +88,7 @@ def blocks(x, device):
 def whiten(x, device):
     """Features (N,D) -> mean (D,), axes (D,r), variances (r,), and rows (N,r) = (x - mean) @ axes: the principal components of
     the standardised features, each divided by the root of its variance."""
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False     # small variances would drown
     n, d = x.shape
     sums = sum(torch.stack([b.double().sum(0), b.double().square().sum(0)]) for _, b in blocks(x, device)) / n
     mean, std = sums[0].float(), (sums[1] - sums[0].square()).clamp(min=0).sqrt().float()
@@ -109,6 +110,7 @@ def whiten(x, device):
     rows = torch.empty(n, axes.shape[1], dtype=kind, device=device)
     for part, b in blocks(x, device):
         rows[part] = (b - mean) @ axes
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return mean, axes, variances.float(), rows
 
 
@@ -390,7 +392,7 @@ def probe_one(bench, x, label, size, args, device):
         csv.writer(text).writerows([columns, *zip(*(np.asarray(v).tolist() for v in columns.values()))])
         with common.writing(os.path.join(args.out, f"{name}.csv")) as file:
             file.write(text.getvalue().encode())
-    for a, attribute in enumerate(bench.attributes if size and args.pictures else ()):
+    for a, attribute in enumerate(bench.attributes if size and args.pictures > 0 else ()):
         order = test.start + np.argsort(-scores[:, a], kind="stable")
         rows = [bench.load(picks, size) for picks in (order[:args.pictures], order[::-1][:args.pictures])]
         common.save_grid(os.path.join(args.out, "pictures", name, f"{slug(attribute)}.png"), rows)
@@ -415,6 +417,7 @@ def main():
     paths = args.vae or [os.path.dirname(common.newest("vae.safetensors", "VAE", "python train_vae.py"))]
     fids = correlate.read_gfid(args.gfid, paths) if args.gfid else None
     benches = read_benchmarks(args)
+    common.lock(args.out)                                   # refused now rather than after hours
     probed = "attributes" in args.task or "classes" in args.task
     jobs, info = {}, {}                                     # jobs: (benchmark, column of the table) -> features, side
     for path in paths:

@@ -302,8 +302,10 @@ def test_missing_pictures(tmp_path, inside, capsys):
     bench = read_benchmarks(options("--data", root, "--skip-missing"))[0]
     assert bench.skipped == 1 and bench.names == NAMES[:1] + NAMES[2:] and bench.targets.tolist() == VALUES[:1] + VALUES[2:]
     os.remove(os.path.join(root, "img_align_celeba", NAMES[3]))
-    assert "has 2, 0, 2 pictures for training, validation and test" in refused(
+    assert "gives 2, 0, 2 pictures for training, validation and test" in refused(
         capsys, probe, "--data", root, "--vae", "unused", "--skip-missing")
+    assert "gives 0, 0, 2 pictures" in refused(
+        capsys, probe, "--data", root, "--vae", "unused", "--skip-missing", "--train-images", "0")
 
 
 def test_train_images_limit_the_training_split_only(tmp_path):
@@ -430,6 +432,8 @@ def test_what_is_not_there_is_named(inside, capsys):
     assert "no benchmark under data/" in refused(capsys, probe, "--vae", "unused")
     assert "python demo.py" in refused(capsys, probe)                               # no VAE either
     assert "no such folder" in refused(capsys, probe, "--vae", "unused", "--data", "nowhere")
+    assert "cannot write into /proc/nowhere" in refused(
+        capsys, probe, "--vae", "unused", "--data", celeba("celeba"), "--out", "/proc/nowhere")
     os.makedirs("empty")
     assert "has no annotations in CelebA's" in refused(capsys, probe, "--vae", "unused", "--data", "empty")
     write("fid.csv", "vae,fid\na,3.5\nb,nothing\n")

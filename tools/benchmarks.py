@@ -24,10 +24,10 @@ class Benchmark:
             raise UserError(f"{len(missing)} annotated pictures are not in {folder}, the first is {names[missing[0]]}; "
                             "complete the data set, or leave them out with --skip-missing")
         keep = [np.flatnonzero((split == k) & (size >= 0)) for k in range(3)]
+        keep[0] = np.sort(np.random.default_rng(args.seed).permutation(keep[0])[:max(0, args.train_images)])
         if not all(map(len, keep)):
             counts = ", ".join(str(len(k)) for k in keep)
-            raise UserError(f"{name}: {folder} has {counts} pictures for training, validation and test")
-        keep[0] = np.sort(np.random.default_rng(args.seed).permutation(keep[0])[:args.train_images])
+            raise UserError(f"{name}: {folder} gives {counts} pictures for training, validation and test")
         ends = np.cumsum([0, *map(len, keep)]).tolist()
         self.parts, keep = [slice(*pair) for pair in zip(ends, ends[1:])], np.concatenate(keep)
         self.names, self.targets, self.skipped = [names[i] for i in keep], np.asarray(targets)[keep], len(missing)
