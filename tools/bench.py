@@ -442,8 +442,9 @@ def table(args, device):
         if args.only and name not in args.only:
             continue
         ways = [(f"baseline {p}", p, True, False) for p in precisions if args.baseline and comparable]
-        ways += [(f"ours {best}", best, False, False)]
-        ways += [(f"ours {best}, compiled", best, False, True)] if args.compile else []
+        ours = "fp32" if name in ("fid", "probe", "pictures") else best        # which have no bf16
+        ways += [(f"ours {ours}", ours, False, False)]
+        ways += [(f"ours {ours}, compiled", ours, False, True)] if args.compile else []
         rates = {}
         for how, precision, baseline, compile in ways:
             found = start_row(args, name, precision, baseline, compile)
@@ -454,8 +455,8 @@ def table(args, device):
             if baseline:
                 rates[precision] = found["rate"]
             peak = peaks.get(precision)
-            add(f"`{name}` {text}", how, f"{found['rate']:.4g}", f"{found['flop'] / 1e12:.3f}",
-                f"{found['flop'] / peak:.0%}" if peak else "", f"{found['memory'] / 1e9:.2f}", ratio)
+            add(f"`{name}` {text}", how, f"{found['rate']:.4g}", f"{found['flop'] / 1e12:.3f}" if found["flop"] else "",
+                f"{found['flop'] / peak:.0%}" if found["flop"] and peak else "", f"{found['memory'] / 1e9:.2f}", ratio)
     return lines
 
 
