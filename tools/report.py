@@ -487,7 +487,7 @@ def write(args, out, size, vaes, classes, attributes, path):
         for number in range(2, 8):
             lines += [*section(results, number, unsettled), *remark(number)]
         lines += ["## 8. Does the probe predict?", "", *predictors(results, vaes), ""]
-        if paired and results.probe("plain", "class probe"):
+        if sum(bool(results.sets(v) and results.probe(v, "class probe")) for v in vaes) >= 4:       # as for a correlation
             draw_probe(results, vaes, "docs/probe.png")
             lines += ["![distance over class probe](docs/probe.png)", ""]
         lines += remark(8)
