@@ -773,7 +773,7 @@ def resumable_array(folder, name, dtype, shape, block):
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.remove(path)
-            raise UserError(f"cannot write {path}, {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.1f} GB: {error.strerror}") from None
+            raise UserError(f"cannot write {path}, {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.3g} GB: {error.strerror}") from None
         with writing(marks) as file:                        # last: its presence says that the array is there
             np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
     barrier()

@@ -75,7 +75,7 @@ def torment(program, words, processes, kills, base, rng):
     folders = {name: os.path.join(base, f"{program}{processes}{name}") for name in ("whole", "killed")}
     os.makedirs(folders["whole"])
     run = start(processes, *words, cwd=folders["whole"])
-    wait_for(lambda: first_line(folders["whole"]))
+    wait_for(lambda: first_line(folders["whole"]), 900)
     begin = time.time()
     assert run.wait() == 0, open(f"{folders['whole']}/output.txt").read()
     length, whole, killed, runs, halves = time.time() - begin, result(program, folders["whole"]), 0, 0, 0
@@ -85,7 +85,7 @@ def torment(program, words, processes, kills, base, rng):
         fresh = not os.path.exists(folder)
         os.makedirs(folder, exist_ok=True)
         run = start(processes, *words, cwd=folder)
-        wait_for(lambda: first_line(folder))
+        wait_for(lambda: first_line(folder), 900)
         begin, wait = time.time(), rng.uniform(0, length / 2)
         while killed < kills and run.poll() is None and (time.time() - begin < wait or killed % 2 and not half_written(folder)):
             time.sleep(0.001 if time.time() - begin > wait else 0.005)
