@@ -131,7 +131,7 @@ def resolve_precision(precision, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "fp32"
+    return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"          # the last knows ONEDNN_MAX_CPU_ISA
 
 
 def autocast(device, precision):
