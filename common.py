@@ -61,6 +61,8 @@ def run(main):
         os._exit(code) if dist.is_initialized() else sys.exit(code)        # other ranks may wait in a collective: do not join them
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)                                         # a gloo thread that meets the interpreter's end aborts the process
 
 
 # ----------------------------------------------------------------------------------------------------------------------

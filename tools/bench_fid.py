@@ -4,11 +4,14 @@ its own batch size; and what pytorch-fid's other resize does to FID.
 
     python -m tools.bench_fid                       # table of the three; about two minutes on one core
     python -m tools.bench_fid --resize --num 500    # FID of two folders under both resizes
+    python -m tools.bench_fid --agreement --num 2000    # FID, IS, precision, recall of two folders, ours and torch-fidelity's
+    python -m tools.bench_fid --neighbours --num 50000  # precision and recall of sets of that size: time and peak memory
     python -m tools.bench_fid --weights pt_inception-2015-12-05-6726825d.pth
 
 Without --weights Inception's are random, which changes no speed, but every FID. Needs tests/requirements.txt.
 """
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -92,6 +95,40 @@ def throughput(args, files):
         print(f"{tool:16}{len(files) / wall:12.2f}{len(files) / cpu:14.2f}{memory[tool]:10.2f} GiB")
 
 
+def agreement(args, files, ref_files):
+    """The two folders' numbers by fid.py and by torch-fidelity, each from the files on, with one file of weights."""
+    from torch_fidelity import calculate_metrics
+    with tempfile.TemporaryDirectory() as folder:
+        for name, paths in (("a", files), ("b", ref_files)):
+            os.mkdir(f"{folder}/{name}")
+            for i, path in enumerate(paths):
+                os.symlink(os.path.abspath(path), f"{folder}/{name}/{i:05d}{os.path.splitext(path)[1]}")
+        command = [sys.executable, "fid.py", f"{folder}/a", "--ref", f"{folder}/b", "--inception-weights", args.weights,
+                   "--out", f"{folder}/ours.json", "--device", "cpu"]
+        subprocess.run(command, check=True, capture_output=True)
+        with open(f"{folder}/ours.json") as file:
+            ours = json.load(file)
+        theirs = calculate_metrics(input1=f"{folder}/a", input2=f"{folder}/b", cuda=False, fid=True, isc=True, prc=True, verbose=False,
+                                   isc_splits=1, cache=False, feature_extractor_weights_path=args.weights,
+                                   prc_neighborhood=3, feature_layer_prc="2048", feature_extractor="inception-v3-compat")
+    print(f"{args.num} pictures of {args.data} against {args.num} of {args.ref}\n{'':20}{'fid.py':>14}{'torch-fidelity':>16}")
+    for name, a, b in (("FID", "fid", "frechet_inception_distance"), ("Inception Score", "inception_score", "inception_score_mean"),
+                       ("precision", "precision", "precision"), ("recall", "recall", "recall")):
+        print(f"{name:20}{ours[a]:14.6f}{theirs[b]:16.6f}   {ours[a] / theirs[b] - 1:+.1e}")
+
+
+def neighbours(args):
+    """Precision and recall between two sets of random features of Inception's width."""
+    common.setup("cpu")
+    ref, samples = (torch.randn(args.num, 2048, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, clock()
+    precision, recall = fid.precision_recall(ref, samples)
+    wall, cpu = clock() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"{args.num} x {args.num} of 2048 features: precision {precision:.5f}, recall {recall:.5f}; {wall:.0f} s, {cpu:.0f} s of CPU "
+          f"time; peak memory {after:.2f} GiB, of which {before:.2f} before it began")
+
+
 def half_pixel(x, size):
     """What pytorch-fid does: bilinear between pixel centres, where tf_resize takes upper left corners."""
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
@@ -116,16 +153,25 @@ def resizes(args):
     print(f"the same pictures, one resize against the other {same:.4f}")
 
 
+def chosen(data, num):
+    """Paths of `num` pictures of a set, evenly spaced."""
+    return [os.fsdecode(data.path(i)) for i in np.arange(num) * len(data) // num]
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="data/cifar10/test")
-    p.add_argument("--ref", default="data/cifar10/train", help="for --resize")
+    p.add_argument("--ref", default="data/cifar10/train", help="for --resize and --agreement")
     p.add_argument("--num", type=int, default=128, help="pictures, evenly spaced")
     p.add_argument("--turns", type=int, default=1, help="of each tool; the fastest counts")
     p.add_argument("--resize", action="store_true", help="compare the resizes, not the tools")
+    p.add_argument("--agreement", action="store_true", help="the folders' numbers, ours and torch-fidelity's")
+    p.add_argument("--neighbours", action="store_true", help="precision and recall alone, on random features")
     p.add_argument("--weights", help="Inception's (default: random)")
     p.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)
     args = p.parse_args()
+    if args.neighbours:
+        return neighbours(args)
     data = common.ImageSet(args.data)
     if args.tool:
         files = [os.path.join(args.data, os.fsdecode(name)) for name in data.names]
@@ -138,8 +184,9 @@ def main():
             random_inception(args.weights)
         if args.resize:
             return resizes(args)
-        chosen = data.names[np.arange(args.num) * len(data) // args.num]
-        throughput(args, [os.path.join(args.data, os.fsdecode(name)) for name in chosen])
+        if args.agreement:
+            return agreement(args, chosen(data, args.num), chosen(common.ImageSet(args.ref), args.num))
+        throughput(args, chosen(data, args.num))
 
 
 if __name__ == "__main__":
