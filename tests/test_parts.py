@@ -90,7 +90,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     kinds = {m: Image.fromarray(grey).convert("RGB").convert(m) for m in ("L", "RGBA", "CMYK", "P", "1", "LA", "YCbCr")}
     kinds["I;16"] = Image.fromarray(grey.astype(np.uint16) * 257)
     for mode, image in kinds.items():
-        path = tmp_path / f"{mode.replace(';', '')}.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}"
+        kind = dict(CMYK="tif", YCbCr="jpg").get(mode, "png")         # Pillow 12.3 cannot read the YCbCr TIFFs it writes
+        path = tmp_path / f"{mode.replace(';', '')}.{kind}"
         image.save(path)
         assert isinstance(common.check_picture(path), tuple), mode
         x = common.load_image(path, 32)
