@@ -13,23 +13,20 @@ Benchmarks: CelebA, DeepFashion, AwA2 as distributed, any folder in CelebA's for
 Writes --out (runs/probe): result.json, per-attribute CSVs, pictures/, correlation.png. Features (fp16) stay in --cache.
 """
 import argparse
-import csv
-import io
 import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.special import logsumexp
-from scipy.stats import gaussian_kde, multivariate_normal
 from tqdm import tqdm
 
 import common
 from common import say
 from models import UserError, load_vae
-from tools import correlate
+from tools import correlate, tables
 from tools.benchmarks import read_benchmarks
+from tools.shape import latent_points, mixture, uniformity
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 BLOCK, WIDTH = 2048, 512                                    # rows and outputs of a product
@@ -297,12 +294,6 @@ def best_thresholds(scores, targets):
     return (scores[best, every] + np.vstack([scores, scores[-1:] - 2])[best + 1, every]) / 2
 
 
-def gini(values):
-    """0: all values are equal; towards 1: one has everything. Mean absolute difference over twice the mean."""
-    x = np.sort(np.asarray(values, np.float64).ravel())
-    return float(((2 * np.arange(1, len(x) + 1) - len(x) - 1) * x).sum() / (len(x) * x.sum()))
-
-
 def measure(scores, targets, val_scores, val_targets, seed, draws=300):
     """-> {measure: [value, low, high]} with 95% bootstrap intervals over test pictures, {column: (A,)} of each attribute."""
     n, rng = len(scores), np.random.default_rng(seed)
@@ -324,56 +315,6 @@ def measure(scores, targets, val_scores, val_targets, seed, draws=300):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shape of the latent space
-
-def latent_points(x, channels, seed, count=10000):
-    """One position of each of `count` pictures, seeded -> principal components (count,C), each of variance 1."""
-    rng = np.random.default_rng(seed)
-    picture = np.sort(rng.permutation(len(x))[:count])
-    place = rng.integers(0, x.shape[1] // channels, len(picture))
-    points = x[picture].reshape(len(picture), channels, -1)[np.arange(len(picture)), :, place].astype(np.float64)
-    points -= points.mean(0)
-    values, axes = np.linalg.eigh(points.T @ points / len(points))
-    return (points @ axes / np.sqrt(values.clip(1e-12)))[:, ::-1].copy()
-
-
-def uniformity(points, seed):
-    """Gini coefficient of a Gaussian KDE's density at its own points, in the plane of the first two principal
-    components; bandwidth by Scott's rule. Low: the points are spread evenly."""
-    kde = gaussian_kde(points[:, :2].T)
-    about = dict(points=len(points), plane="PCA, whitened", dims=2, bandwidth=float(kde.factor))
-    return {"Gini of density": [gini(kde(points[:, :2].T))]}, about
-
-
-def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
-    """Gaussian mixtures of full covariance, by EM from seeded points of four fifths -> the others' mean log-likelihood
-    a dimension, less that of one Gaussian. The more, the less Gaussian the latents are."""
-    points, found = np.random.default_rng(seed).permutation(points), {}
-    (train, test), dims = np.split(points, [len(points) * 4 // 5]), points.shape[1]
-
-    def log_joint(x):                                       # log(share_k N(x_n; mean_k, covariance_k)), (n,K)
-        return np.stack([np.log(s) + multivariate_normal.logpdf(x, m, c) for s, m, c in model], 1)
-
-    for k in (c for c in counts if c * 20 <= len(train)):
-        model, last = [(1 / k, mean, np.eye(dims)) for mean in train[:k]], -np.inf
-        for _ in range(steps):
-            joint = log_joint(train)
-            total = logsumexp(joint, 1)
-            if total.mean() - last < 1e-5:
-                break
-            weights, last = np.exp(joint.T - total) + 1e-9, total.mean()                            # (K,n)
-            model = [(w.mean(), np.average(train, 0, w), np.cov(train.T, aweights=w, ddof=0) + 1e-3 * np.eye(dims))
-                     for w in weights]
-        found[k] = float(logsumexp(log_joint(test), 1).mean()) / dims
-    gains = {f"mixture of {k}": [v - found[1]] for k, v in found.items() if k > 1}
-    return gains, dict(points=len(train), held_out=len(test), dims=dims, log_likelihood=found)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-def slug(text):
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
-
 
 def probe_one(bench, x, label, size, args, device):
     """Fit and measures on features x (N,D); writes each attribute's results and, if `size`, its extreme pictures
@@ -384,30 +325,9 @@ def probe_one(bench, x, label, size, args, device):
         say(f"warning: {bench.name}, {label}: {probe.info['unconverged']} fits have not converged")
     scores = probe.scores(x[test])
     values, columns = measure(scores, y[test], probe.scores(x[val]), y[val], args.seed)
-    name = f"{slug(bench.name)}-{slug(label)}"
-    if columns:
-        columns = dict(attribute=bench.attributes, strength=[f"{s:g}" for s in probe.strength],
-                       train_positives=(y[train] == 1).sum(0), test_positives=(y[test] == 1).sum(0), **columns)
-        text = io.StringIO()
-        csv.writer(text).writerows([columns, *zip(*(np.asarray(v).tolist() for v in columns.values()))])
-        with common.writing(os.path.join(args.out, f"{name}.csv")) as file:
-            file.write(text.getvalue().encode())
-    for a, attribute in enumerate(bench.attributes if size and args.pictures > 0 else ()):
-        order = test.start + np.argsort(-scores[:, a], kind="stable")
-        rows = [bench.load(picks, size) for picks in (order[:args.pictures], order[::-1][:args.pictures])]
-        common.save_grid(os.path.join(args.out, "pictures", name, f"{slug(attribute)}.png"), rows)
+    tables.write_results(bench, label, probe.strength, scores, columns, size, args)
     chosen, counts = np.unique(probe.strength, return_counts=True)
     return values, dict(probe.info, strengths={f"{s:g}": int(c) for s, c in zip(chosen, counts)})
-
-
-def lines_of_table(results, columns):
-    """A block for each benchmark: its measures against the VAEs and baselines."""
-    width = max(24, *(len(c) + 2 for c in columns))
-    for bench, measures in results.items():
-        yield f"{bench:20}" + "".join(c.rjust(width) for c in columns if any(c in row for row in measures.values()))
-        for name, row in measures.items():
-            cells = [f"{v[0]:.4f}" + (f" [{v[1]:.4f},{v[2]:.4f}]" if v[1:] else "") for v in map(row.get, columns) if v]
-            yield f"  {name:18}" + "".join(c.rjust(width) for c in cells)
 
 
 def main():
@@ -448,7 +368,7 @@ def main():
         for name, value in row.items():
             results.setdefault(bench.name, {}).setdefault(name, {})[label] = value
         fits[f"{bench.name}, {label}"] = about
-    say("\n".join(lines_of_table(results, list(dict.fromkeys([*paths, *(label for _, label in jobs)])))))
+    say("\n".join(tables.lines_of_table(results, list(dict.fromkeys([*paths, *(label for _, label in jobs)])))))
     correlations = correlate.report(results, fids, args.out, args.seed) if fids else {}
     common.write_json(os.path.join(args.out, "result.json"), dict(
         results=results, correlations=correlations, fids=fids, vaes=info, benchmarks={b.name: b.about for b in benches},

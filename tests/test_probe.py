@@ -21,7 +21,7 @@ import common
 import models
 import probe
 import train_vae
-from tools import benchmarks
+from tools import benchmarks, shape
 from tools.benchmarks import read_benchmarks
 from tools.correlate import correlate
 from tools.pictures import draw_pictures
@@ -117,8 +117,8 @@ def test_best_threshold_is_the_best():
 
 def test_gini_is_the_mean_difference_over_twice_the_mean():
     x = np.random.default_rng(5).exponential(size=300)
-    assert probe.gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
-    assert probe.gini(np.ones(9)) == pytest.approx(0) and probe.gini([0] * 99 + [1]) == pytest.approx(0.99)
+    assert shape.gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
+    assert shape.gini(np.ones(9)) == pytest.approx(0) and shape.gini([0] * 99 + [1]) == pytest.approx(0.99)
 
 
 # ---- The fit ---------------------------------------------------------------------------------------------------------
@@ -452,15 +452,15 @@ def test_shape_tells_clusters_from_one_cloud():
     cloud = rng.normal(size=(2000, 3, 4))
     centres = rng.normal(size=(4, 3, 1)) * 4
     clusters = (centres[rng.integers(0, 4, 2000)] + cloud)
-    even, odd = (probe.latent_points(x.reshape(2000, 12), 3, 0) for x in (cloud, clusters))
+    even, odd = (shape.latent_points(x.reshape(2000, 12), 3, 0) for x in (cloud, clusters))
     assert even.shape == (2000, 3) and np.allclose(np.cov(odd.T, bias=True), np.eye(3), atol=1e-6)
-    gains = [probe.mixture(p, 0, (1, 2, 4)) for p in (even, odd)]
+    gains = [shape.mixture(p, 0, (1, 2, 4)) for p in (even, odd)]
     assert gains[0][0]["mixture of 4"][0] < 0.03 and gains[1][0]["mixture of 4"][0] > 0.2
     assert gains[0][1]["log_likelihood"][1] == pytest.approx(-0.5 * (1 + np.log(2 * np.pi)), abs=0.05)
-    measure, about = probe.uniformity(even, 0)
+    measure, about = shape.uniformity(even, 0)
     assert 0 < measure["Gini of density"][0] < 1 and about["points"] == 2000
     heavy = np.concatenate([even[:1000] * 0.05, even[1000:]])
-    assert probe.uniformity(heavy, 0)[0]["Gini of density"] > measure["Gini of density"]
+    assert shape.uniformity(heavy, 0)[0]["Gini of density"] > measure["Gini of density"]
 
 
 def test_correlations_are_scipys():
