@@ -592,19 +592,14 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
 
-    @staticmethod
-    def unit(x):
-        """Features (B,D,h,w) -> the same of length 1 over D."""
-        x = x.float()
-        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
     def forward(self, a, b):
         a, b, total = (a - self.shift) / self.scale, (b - self.shift) / self.scale, 0
         compared = {3: self.lin0, 8: self.lin1, 15: self.lin2, 22: self.lin3, 29: self.lin4}       # relu1_2, 2_2, 3_3, 4_3, 5_3
         for i, layer in enumerate(self.features):
             a, b = layer(a), layer(b)
             if i in compared:
-                total = total + ((self.unit(a) - self.unit(b)).square() * compared[i]).sum(1).mean((1, 2))
+                error = F.normalize(a.float(), dim=1, eps=1e-10) - F.normalize(b.float(), dim=1, eps=1e-10)
+                total = total + (error.square() * compared[i]).sum(1).mean((1, 2))
         return total
 
 
