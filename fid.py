@@ -113,8 +113,7 @@ class Inception(tv.Inception3):
                             "it to have it downloaded again, or name it with --inception-weights to use it as it is")
         if not published:
             say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
-        counters = {k: v for k, v in self.state_dict().items() if k.endswith("num_batches_tracked")}
-        load_strictly(self, counters | read_weights(path)[0], path)             # some files have no counters
+        load_strictly(self, read_weights(path)[0], path)
         self.about = dict(name="Inception", weights=digest, published=published, resize="TensorFlow 1 bilinear to 299x299")
         self.eval().requires_grad_(False)
         for name, m in list(self.named_modules()):

@@ -704,24 +704,15 @@ def build(network, config, state, path):
     if max(config.get("depth") or 0, config.get("num_res_blocks") or 0, len(config.get("ch_mult") or ())) > len(state):
         raise UserError(f"{path} does not fit: {len(state)} tensors are too few for its architecture")
     with torch.device("meta"):
-        fit(network(**config), state, path)
+        load_strictly(network(**config), state, path, assign=True)
     return load_strictly(network(**config), state, path)
 
 
-def fit(model, state, path):
-    """Raises unless names and shapes are the model's."""
-    own = model.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in state]
-    wrong += [f"{k} is unexpected" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}")
-
-
-def load_strictly(model, state, path):
-    fit(model, state, path)
-    model.load_state_dict(state)
+def load_strictly(model, state, path, assign=False):
+    try:
+        model.load_state_dict(state, assign=assign)
+    except RuntimeError as error:                           # names and shapes that differ, in many lines
+        raise UserError(f"{path} does not fit: {' '.join(str(error).split(':', 1)[-1].split())[:300]}") from None
     return model
 
 
