@@ -506,19 +506,14 @@ class VFM(nn.Module):
             self.stage = len(reductions) - 1 - reductions[::-1].index(stride)
         self.input_size = self.grid * (stride or reductions[-1])
         size = dict(img_size=self.input_size) if hasattr(plan, "num_prefix_tokens") else {}
-        state, source = read_weights(weights)[0] if weights else None, {}
-        try:
+        with reading(weights or "the hub", f"{name}'s weights in timm's key names; a local file is given with --vfm-weights"):
+            source = {}
             if weights:
-                heads = plan.pretrained_cfg.get("classifier") or ()
+                state, heads = read_weights(weights)[0], plan.pretrained_cfg.get("classifier") or ()
                 heads = [state[f"{h}.weight"] for h in ([heads] if isinstance(heads, str) else heads) if f"{h}.weight" in state]
                 classes = len(heads[0]) if heads else 0     # with its own head a file must fit in full: timm loads strictly
                 source = dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state, num_classes=classes))
             self.model = timm.create_model(name, pretrained=True, **size, **source)
-        except Exception as error:
-            if weights:
-                raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {first_line(error)}") from None
-            raise UserError(f"cannot get {name}'s weights from the hub ({first_line(error)}); "
-                            "give a local file with --vfm-weights") from None
         self.eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)    # a CNN in bf16 on a CPU: 551 pictures/s instead of 366
         data = timm.data.resolve_model_data_config(self.model)

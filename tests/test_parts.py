@@ -304,7 +304,7 @@ def test_a_vision_model_whose_grid_cannot_match_is_refused(tmp_path):
         with pytest.raises(models.UserError, match=message):
             models.VFM(name, str(tmp_path / f"{name}.safetensors"), 32, grid=2, stride=stride)
     torch.save({"head.weight": torch.zeros(())}, tmp_path / "odd.pt")
-    with pytest.raises(models.UserError, match="odd.pt does not hold test_vit's weights"):
+    with pytest.raises(models.UserError, match="odd.pt cannot be read as test_vit's weights"):
         models.VFM("test_vit", tmp_path / "odd.pt", 32)
 
 
