@@ -374,11 +374,10 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0,1] -> (B,width). The frequencies are those of DiT, 1 to 1/10000, and t is not scaled up (as SiT)."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
-        self.register_buffer("omega", torch.exp(-math.log(10000.0) * torch.arange(half) / half), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("omega", torch.exp(-math.log(10000.0) * torch.arange(128) / 128), persistent=False)
 
     def forward(self, t):
         angle = t[:, None].float() * self.omega
@@ -668,7 +667,7 @@ def read_weights(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    try:
+    with reading(path, "safetensors or as a checkpoint without code"):
         with open(path, "rb") as file:
             head = file.read(9)
         zipped = head[:4] == b"PK\3\4"                      # else it is older than torch 1.6, without checksums
@@ -686,8 +685,6 @@ def read_weights(path):
             state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
         state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
         return {k: v for k, v in state.items() if isinstance(k, str)}, {}
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({first_line(error)})") from None
 
 
 def first_line(error):
