@@ -42,20 +42,21 @@ def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("samples", nargs="?", help=".npz (arr_0) or folder (default: the newest samples.npz under runs/)")
     p.add_argument("--ref", help=".npz (mu and sigma, or arr_0, or ADM's with all of them) or folder of pictures")
-    p.add_argument("--pr-images", type=int, default=50000, help="of each set, for precision and recall; 0: neither")
+    p.add_argument("--pr-images", type=common.natural, default=50000, help="of each set, for precision and recall; 0: neither")
     p.add_argument("--vae", help="VAE: file, run folder, published checkpoint or hf:<owner>/<repository>")
     p.add_argument("--data", help="for --vae: pictures to encode and decode; the posterior's mean is decoded")
     p.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="for --vae; 0: no LPIPS")
     p.add_argument("--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers")
-    p.add_argument("--num", type=int, help="use so many pictures of the set: an .npz's first, a folder's evenly spaced")
-    p.add_argument("--size", type=int, help="cut folders' pictures to this side (default: the samples' or the VAE's)")
+    p.add_argument("--num", type=lambda text: common.natural(text, least=2),
+                   help="use so many pictures of the set: an .npz's first, a folder's evenly spaced")
+    p.add_argument("--size", type=common.positive, help="cut folders' pictures to this side (default: the samples' or the VAE's)")
     p.add_argument("--features", help="timm model to measure the Frechet distance with, instead of FID's Inception")
     p.add_argument("--features-weights", help="local file of its weights (default: timm's, from the hub)")
     p.add_argument("--inception-weights", help=f"local {WEIGHTS} (default: downloaded once)")
     p.add_argument("--out", help="JSON file of the result (default: beside the samples or the VAE)")
-    p.add_argument("--batch-size", type=int, default=16, help="pictures a process takes at once (16 is best on a CPU)")
+    p.add_argument("--batch-size", type=common.positive, default=16, help="pictures a process takes at once (16 is best on a CPU)")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    p.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    p.add_argument("--workers", type=common.natural, help="loader processes per process (default: its share of the cores)")
     return p.parse_args(argv)
 
 
@@ -318,9 +319,8 @@ def collect(net, batches, count, keep=0):
             sums["splits"].index_add_(0, index // 5000, score_terms(out["logits"].softmax(1)))
         row, following = index * keep // count, (index + 1) * keep // count
         sums["features"][row[following > row]] = out["pool"][following > row]
-    if common.world() > 1:
-        for value in sums.values():
-            torch.distributed.all_reduce(value)
+    for value in sums.values():
+        common.gather_sum(value)
     for key, s in (("pool", ""), ("spatial", "_s"))[:len(net.dims)]:
         x = sums.pop(key)
         mu, n = x[-1, :-1] / x[-1, -1], x[-1, -1]
@@ -405,10 +405,6 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # common.setup allows it
     if bool(args.vae) != bool(args.data) or bool(args.vae) == bool(args.ref) or args.vae and args.samples:
         raise UserError("give samples and --ref (generation), or --vae and --data (reconstruction)")
-    for name, least in dict(num=2, size=1, batch_size=1, pr_images=0).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     if args.vae:
         vae = load_vae(args.vae, device)
         vae.set_resolution(args.size or vae.resolution)
