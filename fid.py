@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from common import say
-from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_weights, reading, state_hash
+from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_weights, reading
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_HASH = WEIGHTS[-12:-4]                              # the start of its sha256
@@ -136,30 +136,6 @@ class Inception(tv.Inception3):
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                                           # of its 1x1 branch
         pool = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3))           # over 8x8
         return dict(pool=pool, spatial=spatial, logits=pool.double() @ self.fc.weight.double().T)
-
-
-class TimmFeatures(torch.nn.Module):
-    """The pooled features (class token or average, as the model has it) of any timm model."""
-
-    def __init__(self, name, weights=None):
-        super().__init__()
-        import timm                                         # slow, and most runs do without
-        source = dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False)) if weights else {}
-        try:
-            self.model = timm.create_model(name, pretrained=True, num_classes=0, **source).eval()
-        except Exception as error:
-            raise UserError(f"--features {name}: timm cannot build it with its weights ({first_line(error)}); choose "
-                            "another, or give a file in timm's key names with --features-weights") from None
-        self.data = timm.data.resolve_model_data_config(self.model)
-        self.side, self.dims = self.data["input_size"][-1], dict(pool=self.model.num_features)
-        self.about = dict(name=name, weights=state_hash(self.model.state_dict()), published=True,
-                          resize=f"antialiased bicubic to {self.side}x{self.side}")
-
-    @torch.no_grad()
-    def forward(self, images):
-        x = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255) / 255
-        mean, std = (x.new_tensor(self.data[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return dict(pool=self.model((x - mean) / std))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +391,11 @@ def main():
         path = args.samples or common.newest("samples.npz", "set of samples", "python sample.py --num-images 50000")
         base = os.path.abspath(path).removesuffix(".npz")
     pictures = Pictures(path, args.num, args.size, args.batch_size)
-    net = TimmFeatures(args.features, args.features_weights) if args.features else Inception(args.inception_weights)
+    if args.features:
+        from tools.features import TimmFeatures             # only here: timm is slow to import, and most runs do without
+        net = TimmFeatures(args.features, args.features_weights)
+    else:
+        net = Inception(args.inception_weights)
     if pictures.count <= net.dims["pool"]:
         say(f"warning: {pictures.count} pictures for {net.dims['pool']} features: the distance is biased upwards")
     reference, about = read_reference(net.to(device), args.ref, args.size or pictures.size, args.pr_images,
