@@ -127,21 +127,20 @@ class ChannelsLastNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
+    def __init__(self, channels, groups):
+        super().__init__(groups, channels, eps=1e-6)
+
     def forward(self, x):
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last):
             return ChannelsLastNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x)
 
 
-def norm(channels, groups):
-    return GroupNorm(groups, channels, eps=1e-6)
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -155,7 +154,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.norm = GroupNorm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -207,7 +206,7 @@ class Encoder(nn.Module):
             conv = nn.Conv2d(width, width, 3, stride=2)
             level["downsample"] = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)     # LDM pads right and bottom only
         self.mid = middle(widths[-1], groups)
-        self.norm_out = norm(widths[-1], groups)
+        self.norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
     def forward(self, x):
@@ -225,7 +224,7 @@ class Decoder(nn.Module):
                                 for i, (a, b) in enumerate(zip(widths, widths[1:])))
         for level, width in zip(self.up[1:], widths[1:]):
             level["upsample"] = named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
-        self.norm_out = norm(widths[0], groups)
+        self.norm_out = GroupNorm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
