@@ -186,18 +186,17 @@ def in_order(levels):
     return modules
 
 
-def run_coder(coder, blocks, x):
+def run_coder(coder, blocks, x, recompute):
     """What encoder and decoder share: a convolution, their blocks, norm and convolution."""
     x = coder.conv_in(x)
     for block in blocks:
-        x = maybe_checkpoint(coder.grad_checkpoint, block, x)
+        x = maybe_checkpoint(recompute, block, x)
     return coder.conv_out(F.silu(coder.norm_out(x)))
 
 
 class Encoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
-        self.grad_checkpoint = False
         widths = [ch] + [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList(make_level(a, b, num_res_blocks, i in attn_levels, groups)
@@ -209,14 +208,13 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
-    def forward(self, x):
-        return run_coder(self, [*in_order(self.down), *self.mid], x)
+    def forward(self, x, recompute):
+        return run_coder(self, [*in_order(self.down), *self.mid], x, recompute)
 
 
 class Decoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
-        self.grad_checkpoint = False
         widths = [ch * mult for mult in ch_mult] + [ch * ch_mult[-1]]
         self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], groups)
@@ -227,8 +225,8 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z):
-        return run_coder(self, [*self.mid, *in_order(reversed(self.up))], z)           # numbered as in LDM: the last is first
+    def forward(self, z, recompute):                        # levels are numbered as in LDM: the last is first
+        return run_coder(self, [*self.mid, *in_order(reversed(self.up))], z, recompute)
 
 
 # Factor -> (channel multipliers a level, levels with attention after each block). f8 is LDM's, f16 VA-VAE's.
@@ -264,6 +262,7 @@ class VAE(nn.Module):
         self.config = dict(spec=spec, ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
                            attn_levels=list(attn_levels), groups=groups)
         self.set_resolution(resolution)
+        self.grad_checkpoint = False
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
@@ -290,12 +289,9 @@ class VAE(nn.Module):
         self.resolution, self.latent_size = resolution, resolution // self.factor
         self.config["resolution"] = resolution
 
-    def set_grad_checkpoint(self, on=True):
-        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = on
-
     def encode(self, x):
         """Images (B,3,H,W) in [-1,1] -> mean and logvar (B,C,h,w) of the posterior, fp32, raw units."""
-        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x, self.grad_checkpoint)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     @staticmethod
@@ -305,7 +301,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """Raw latents (B,C,h,w) -> images (B,3,H,W), fp32, about [-1,1] (not clamped)."""
-        return self.decoder(self.post_quant_conv(z)).float()
+        return self.decoder(self.post_quant_conv(z), self.grad_checkpoint).float()
 
     def normalize(self, z):
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]

@@ -348,8 +348,7 @@ def test_grad_checkpoint_changes_nothing_but_memory():
     torch.manual_seed(0)
     vae = models.VAE("f4d4", 32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1)
     x, grads = torch.randn(2, 3, 32, 32), []
-    for on in (False, True):
-        vae.set_grad_checkpoint(on)
+    for vae.grad_checkpoint in (False, True):
         vae.zero_grad()
         vae.decode(vae.encode(x)[0]).square().mean().backward()
         grads.append([p.grad.clone() for p in vae.parameters() if p.grad is not None])
