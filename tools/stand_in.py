@@ -1,4 +1,4 @@
-"""The demo's stand-in for a vision foundation model: a small timm network, trained on the demo's pictures instead of downloaded."""
+"""The demo's stand-in for a vision foundation model: a small timm network, trained on its pictures instead of downloaded."""
 import math
 import os
 
