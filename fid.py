@@ -245,17 +245,13 @@ class ArraySet:
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
-def open_set(path):
-    return common.ImageSet(path) if os.path.isdir(path) else ArraySet(path)
-
-
 class Pictures:
-    """A set, or what open_set gave, in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num`
-    of an .npz, as they are."""
+    """A set in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num` of an .npz, as they are;
+    `arrays` is its ArraySet, where there is one already."""
 
-    def __init__(self, path, num=None, size=None, batch_size=16, data=None):
+    def __init__(self, path, num=None, size=None, batch_size=16, arrays=None):
         self.path, self.batch_size, self.folder = path, batch_size, os.path.isdir(path)
-        self.set = open_set(path) if data is None else data
+        self.set = common.ImageSet(path) if self.folder else arrays or ArraySet(path)
         available = len(self.set.names)
         self.count, self.size = num or available, size if size and self.folder else self.set.smallest
         if not 2 <= self.count <= available:
@@ -317,15 +313,15 @@ def read_statistics(cache, device):
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
     """What `collect` gives for a reference, or as much as an .npz holds of it -> dict, record. What was computed is
     kept under runs/cache for the next time."""
-    device, data = next(net.parameters()).device, open_set(path)
-    held = data.statistics if isinstance(net, Inception) and isinstance(data, ArraySet) else {}
+    device, arrays = next(net.parameters()).device, None if os.path.isdir(path) else ArraySet(path)
+    held = arrays.statistics if arrays and isinstance(net, Inception) else {}
     wrong = [k for k, shape in STATISTICS.items() if k in held and (held[k].shape != shape or not held[k].isfinite().all())]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
-    if held and not (keep and data.names):
-        return held, dict(path=path, hash=data.fingerprint, statistics="of the file")
-    pictures = Pictures(path, num, size, batch_size, data)
-    files = map(data.path, pictures.chosen) if pictures.folder else ()
+    if held and not (keep and arrays.names):
+        return held, dict(path=path, hash=arrays.fingerprint, statistics="of the file")
+    pictures = Pictures(path, num, size, batch_size, arrays)
+    files = map(pictures.set.path, pictures.chosen) if pictures.folder else ()
     times = [os.stat(file).st_mtime_ns for file in files]               # the hash would miss a file written over
     known = json.dumps([pictures.record, times, keep, net.about])
     cache = os.path.join("runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt")
