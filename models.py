@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 import zipfile
 from collections import OrderedDict
@@ -415,8 +416,6 @@ class SiT(nn.Module):
     def __init__(self, size="XL", patch=1, channels=32, latent_size=16, num_classes=1000, vfm_dim=None, repa_block=8,
                  depth=None, width=None, heads=None):
         super().__init__()
-        if size not in SIT_SIZES:
-            raise UserError(f"SiT size '{size}' is none of {', '.join(SIT_SIZES)}")
         preset = SIT_SIZES[size]
         depth, width, heads = depth or preset[0], width or preset[1], heads or preset[2]
         if latent_size % patch:
@@ -672,10 +671,8 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-        source = path
-        if not zipped:
-            with open(path, "rb") as file:
-                source = io.BytesIO(file.read())            # which has no more than the file, whatever it is asked for
+        # from memory, which has no more than the file, whatever it is asked for
+        source = path if zipped else io.BytesIO(pathlib.Path(path).read_bytes())
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
             state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
         state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
