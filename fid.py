@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from common import say
-from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_weights, reading, state_hash
+from models import LPIPS, UserError, first_line, load_strictly, load_vae, read_weights, reading
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_HASH = WEIGHTS[-12:-4]                              # the start of its sha256
@@ -42,20 +42,21 @@ def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("samples", nargs="?", help=".npz (arr_0) or folder (default: the newest samples.npz under runs/)")
     p.add_argument("--ref", help=".npz (mu and sigma, or arr_0, or ADM's with all of them) or folder of pictures")
-    p.add_argument("--pr-images", type=int, default=50000, help="of each set, for precision and recall; 0: neither")
+    p.add_argument("--pr-images", type=common.natural, default=50000, help="of each set, for precision and recall; 0: neither")
     p.add_argument("--vae", help="VAE: file, run folder, published checkpoint or hf:<owner>/<repository>")
     p.add_argument("--data", help="for --vae: pictures to encode and decode; the posterior's mean is decoded")
     p.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="for --vae; 0: no LPIPS")
     p.add_argument("--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers")
-    p.add_argument("--num", type=int, help="use so many pictures of the set: an .npz's first, a folder's evenly spaced")
-    p.add_argument("--size", type=int, help="cut folders' pictures to this side (default: the samples' or the VAE's)")
+    p.add_argument("--num", type=lambda text: common.natural(text, least=2),
+                   help="use so many pictures of the set: an .npz's first, a folder's evenly spaced")
+    p.add_argument("--size", type=common.positive, help="cut folders' pictures to this side (default: the samples' or the VAE's)")
     p.add_argument("--features", help="timm model to measure the Frechet distance with, instead of FID's Inception")
     p.add_argument("--features-weights", help="local file of its weights (default: timm's, from the hub)")
     p.add_argument("--inception-weights", help=f"local {WEIGHTS} (default: downloaded once)")
     p.add_argument("--out", help="JSON file of the result (default: beside the samples or the VAE)")
-    p.add_argument("--batch-size", type=int, default=16, help="pictures a process takes at once (16 is best on a CPU)")
+    p.add_argument("--batch-size", type=common.positive, default=16, help="pictures a process takes at once (16 is best on a CPU)")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    p.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores)")
+    p.add_argument("--workers", type=common.natural, help="loader processes per process (default: its share of the cores)")
     return p.parse_args(argv)
 
 
@@ -113,8 +114,7 @@ class Inception(tv.Inception3):
                             "it to have it downloaded again, or name it with --inception-weights to use it as it is")
         if not published:
             say(f"warning: {path} is not the published file: numbers made with it are comparable with each other only")
-        counters = {k: v for k, v in self.state_dict().items() if k.endswith("num_batches_tracked")}
-        load_strictly(self, counters | read_weights(path)[0], path)             # some files have no counters
+        load_strictly(self, read_weights(path)[0], path)
         self.about = dict(name="Inception", weights=digest, published=published, resize="TensorFlow 1 bilinear to 299x299")
         self.eval().requires_grad_(False)
         for name, m in list(self.named_modules()):
@@ -136,30 +136,6 @@ class Inception(tv.Inception3):
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                                           # of its 1x1 branch
         pool = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3))           # over 8x8
         return dict(pool=pool, spatial=spatial, logits=pool.double() @ self.fc.weight.double().T)
-
-
-class TimmFeatures(torch.nn.Module):
-    """The pooled features (class token or average, as the model has it) of any timm model."""
-
-    def __init__(self, name, weights=None):
-        super().__init__()
-        import timm                                         # slow, and most runs do without
-        source = dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False)) if weights else {}
-        try:
-            self.model = timm.create_model(name, pretrained=True, num_classes=0, **source).eval()
-        except Exception as error:
-            raise UserError(f"--features {name}: timm cannot build it with its weights ({first_line(error)}); choose "
-                            "another, or give a file in timm's key names with --features-weights") from None
-        self.data = timm.data.resolve_model_data_config(self.model)
-        self.side, self.dims = self.data["input_size"][-1], dict(pool=self.model.num_features)
-        self.about = dict(name=name, weights=state_hash(self.model.state_dict()), published=True,
-                          resize=f"antialiased bicubic to {self.side}x{self.side}")
-
-    @torch.no_grad()
-    def forward(self, images):
-        x = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255) / 255
-        mean, std = (x.new_tensor(self.data[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return dict(pool=self.model((x - mean) / std))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,17 +245,13 @@ class ArraySet:
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
-def open_set(path):
-    return common.ImageSet(path) if os.path.isdir(path) else ArraySet(path)
-
-
 class Pictures:
-    """A set, or what open_set gave, in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num`
-    of an .npz, as they are."""
+    """A set in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num` of an .npz, as they are;
+    `arrays` is its ArraySet, where there is one already."""
 
-    def __init__(self, path, num=None, size=None, batch_size=16, data=None):
+    def __init__(self, path, num=None, size=None, batch_size=16, arrays=None):
         self.path, self.batch_size, self.folder = path, batch_size, os.path.isdir(path)
-        self.set = open_set(path) if data is None else data
+        self.set = common.ImageSet(path) if self.folder else arrays or ArraySet(path)
         available = len(self.set.names)
         self.count, self.size = num or available, size if size and self.folder else self.set.smallest
         if not 2 <= self.count <= available:
@@ -319,9 +291,8 @@ def collect(net, batches, count, keep=0):
             sums["splits"].index_add_(0, index // 5000, score_terms(out["logits"].softmax(1)))
         row, following = index * keep // count, (index + 1) * keep // count
         sums["features"][row[following > row]] = out["pool"][following > row]
-    if common.world() > 1:
-        for value in sums.values():
-            torch.distributed.all_reduce(value)
+    for value in sums.values():
+        common.gather_sum(value)
     for key, s in (("pool", ""), ("spatial", "_s"))[:len(net.dims)]:
         x = sums.pop(key)
         mu, n = x[-1, :-1] / x[-1, -1], x[-1, -1]
@@ -342,15 +313,15 @@ def read_statistics(cache, device):
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
     """What `collect` gives for a reference, or as much as an .npz holds of it -> dict, record. What was computed is
     kept under runs/cache for the next time."""
-    device, data = next(net.parameters()).device, open_set(path)
-    held = data.statistics if isinstance(net, Inception) and isinstance(data, ArraySet) else {}
+    device, arrays = next(net.parameters()).device, None if os.path.isdir(path) else ArraySet(path)
+    held = arrays.statistics if arrays and isinstance(net, Inception) else {}
     wrong = [k for k, shape in STATISTICS.items() if k in held and (held[k].shape != shape or not held[k].isfinite().all())]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features")
-    if held and not (keep and data.names):
-        return held, dict(path=path, hash=data.fingerprint, statistics="of the file")
-    pictures = Pictures(path, num, size, batch_size, data)
-    files = map(data.path, pictures.chosen) if pictures.folder else ()
+    if held and not (keep and arrays.names):
+        return held, dict(path=path, hash=arrays.fingerprint, statistics="of the file")
+    pictures = Pictures(path, num, size, batch_size, arrays)
+    files = map(pictures.set.path, pictures.chosen) if pictures.folder else ()
     times = [os.stat(file).st_mtime_ns for file in files]               # the hash would miss a file written over
     known = json.dumps([pictures.record, times, keep, net.about])
     cache = os.path.join("runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt")
@@ -406,10 +377,6 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False         # common.setup allows it
     if bool(args.vae) != bool(args.data) or bool(args.vae) == bool(args.ref) or args.vae and args.samples:
         raise UserError("give samples and --ref (generation), or --vae and --data (reconstruction)")
-    for name, least in dict(num=2, size=1, batch_size=1, pr_images=0).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     if args.vae:
         vae = load_vae(args.vae, device)
         vae.set_resolution(args.size or vae.resolution)
@@ -420,7 +387,11 @@ def main():
         path = args.samples or common.newest("samples.npz", "set of samples", "python sample.py --num-images 50000")
         base = os.path.abspath(path).removesuffix(".npz")
     pictures = Pictures(path, args.num, args.size, args.batch_size)
-    net = TimmFeatures(args.features, args.features_weights) if args.features else Inception(args.inception_weights)
+    if args.features:
+        from tools.features import TimmFeatures             # only here: timm is slow to import, and most runs do without
+        net = TimmFeatures(args.features, args.features_weights)
+    else:
+        net = Inception(args.inception_weights)
     if pictures.count <= net.dims["pool"]:
         say(f"warning: {pictures.count} pictures for {net.dims['pool']} features: the distance is biased upwards")
     reference, about = read_reference(net.to(device), args.ref, args.size or pictures.size, args.pr_images,

@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import re
 import zipfile
 from collections import OrderedDict
@@ -127,21 +128,20 @@ class ChannelsLastNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
+    def __init__(self, channels, groups):
+        super().__init__(groups, channels, eps=1e-6)
+
     def forward(self, x):
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last):
             return ChannelsLastNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x)
 
 
-def norm(channels, groups):
-    return GroupNorm(groups, channels, eps=1e-6)
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -155,7 +155,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.norm = GroupNorm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -187,18 +187,17 @@ def in_order(levels):
     return modules
 
 
-def run_coder(coder, blocks, x):
+def run_coder(coder, blocks, x, recompute):
     """What encoder and decoder share: a convolution, their blocks, norm and convolution."""
     x = coder.conv_in(x)
     for block in blocks:
-        x = maybe_checkpoint(coder.grad_checkpoint, block, x)
+        x = maybe_checkpoint(recompute, block, x)
     return coder.conv_out(F.silu(coder.norm_out(x)))
 
 
 class Encoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
-        self.grad_checkpoint = False
         widths = [ch] + [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList(make_level(a, b, num_res_blocks, i in attn_levels, groups)
@@ -207,17 +206,16 @@ class Encoder(nn.Module):
             conv = nn.Conv2d(width, width, 3, stride=2)
             level["downsample"] = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)     # LDM pads right and bottom only
         self.mid = middle(widths[-1], groups)
-        self.norm_out = norm(widths[-1], groups)
+        self.norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
-    def forward(self, x):
-        return run_coder(self, [*in_order(self.down), *self.mid], x)
+    def forward(self, x, recompute):
+        return run_coder(self, [*in_order(self.down), *self.mid], x, recompute)
 
 
 class Decoder(nn.Module):
     def __init__(self, ch, ch_mult, num_res_blocks, attn_levels, channels, groups):
         super().__init__()
-        self.grad_checkpoint = False
         widths = [ch * mult for mult in ch_mult] + [ch * ch_mult[-1]]
         self.conv_in = nn.Conv2d(channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], groups)
@@ -225,11 +223,11 @@ class Decoder(nn.Module):
                                 for i, (a, b) in enumerate(zip(widths, widths[1:])))
         for level, width in zip(self.up[1:], widths[1:]):
             level["upsample"] = named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
-        self.norm_out = norm(widths[0], groups)
+        self.norm_out = GroupNorm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z):
-        return run_coder(self, [*self.mid, *in_order(reversed(self.up))], z)           # numbered as in LDM: the last is first
+    def forward(self, z, recompute):                        # levels are numbered as in LDM: the last is first
+        return run_coder(self, [*self.mid, *in_order(reversed(self.up))], z, recompute)
 
 
 # Factor -> (channel multipliers a level, levels with attention after each block). f8 is LDM's, f16 VA-VAE's.
@@ -265,6 +263,7 @@ class VAE(nn.Module):
         self.config = dict(spec=spec, ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
                            attn_levels=list(attn_levels), groups=groups)
         self.set_resolution(resolution)
+        self.grad_checkpoint = False
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
@@ -291,12 +290,9 @@ class VAE(nn.Module):
         self.resolution, self.latent_size = resolution, resolution // self.factor
         self.config["resolution"] = resolution
 
-    def set_grad_checkpoint(self, on=True):
-        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = on
-
     def encode(self, x):
         """Images (B,3,H,W) in [-1,1] -> mean and logvar (B,C,h,w) of the posterior, fp32, raw units."""
-        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x, self.grad_checkpoint)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     @staticmethod
@@ -306,7 +302,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """Raw latents (B,C,h,w) -> images (B,3,H,W), fp32, about [-1,1] (not clamped)."""
-        return self.decoder(self.post_quant_conv(z)).float()
+        return self.decoder(self.post_quant_conv(z), self.grad_checkpoint).float()
 
     def normalize(self, z):
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
@@ -374,11 +370,10 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0,1] -> (B,width). The frequencies are those of DiT, 1 to 1/10000, and t is not scaled up (as SiT)."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
-        self.register_buffer("omega", torch.exp(-math.log(10000.0) * torch.arange(half) / half), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("omega", torch.exp(-math.log(10000.0) * torch.arange(128) / 128), persistent=False)
 
     def forward(self, t):
         angle = t[:, None].float() * self.omega
@@ -421,8 +416,6 @@ class SiT(nn.Module):
     def __init__(self, size="XL", patch=1, channels=32, latent_size=16, num_classes=1000, vfm_dim=None, repa_block=8,
                  depth=None, width=None, heads=None):
         super().__init__()
-        if size not in SIT_SIZES:
-            raise UserError(f"SiT size '{size}' is none of {', '.join(SIT_SIZES)}")
         preset = SIT_SIZES[size]
         depth, width, heads = depth or preset[0], width or preset[1], heads or preset[2]
         if latent_size % patch:
@@ -506,19 +499,14 @@ class VFM(nn.Module):
             self.stage = len(reductions) - 1 - reductions[::-1].index(stride)
         self.input_size = self.grid * (stride or reductions[-1])
         size = dict(img_size=self.input_size) if hasattr(plan, "num_prefix_tokens") else {}
-        state, source = read_weights(weights)[0] if weights else None, {}
-        try:
+        with reading(weights or "the hub", f"{name}'s weights in timm's key names; a local file is given with --vfm-weights"):
+            source = {}
             if weights:
-                heads = plan.pretrained_cfg.get("classifier") or ()
+                state, heads = read_weights(weights)[0], plan.pretrained_cfg.get("classifier") or ()
                 heads = [state[f"{h}.weight"] for h in ([heads] if isinstance(heads, str) else heads) if f"{h}.weight" in state]
                 classes = len(heads[0]) if heads else 0     # with its own head a file must fit in full: timm loads strictly
                 source = dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state, num_classes=classes))
             self.model = timm.create_model(name, pretrained=True, **size, **source)
-        except Exception as error:
-            if weights:
-                raise UserError(f"{weights} does not hold {name}'s weights in timm's key names: {first_line(error)}") from None
-            raise UserError(f"cannot get {name}'s weights from the hub ({first_line(error)}); "
-                            "give a local file with --vfm-weights") from None
         self.eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)    # a CNN in bf16 on a CPU: 551 pictures/s instead of 366
         data = timm.data.resolve_model_data_config(self.model)
@@ -592,19 +580,14 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
 
-    @staticmethod
-    def unit(x):
-        """Features (B,D,h,w) -> the same of length 1 over D."""
-        x = x.float()
-        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
     def forward(self, a, b):
         a, b, total = (a - self.shift) / self.scale, (b - self.shift) / self.scale, 0
         compared = {3: self.lin0, 8: self.lin1, 15: self.lin2, 22: self.lin3, 29: self.lin4}       # relu1_2, 2_2, 3_3, 4_3, 5_3
         for i, layer in enumerate(self.features):
             a, b = layer(a), layer(b)
             if i in compared:
-                total = total + ((self.unit(a) - self.unit(b)).square() * compared[i]).sum(1).mean((1, 2))
+                error = F.normalize(a.float(), dim=1, eps=1e-10) - F.normalize(b.float(), dim=1, eps=1e-10)
+                total = total + (error.square() * compared[i]).sum(1).mean((1, 2))
         return total
 
 
@@ -678,7 +661,7 @@ def read_weights(path):
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    try:
+    with reading(path, "safetensors or as a checkpoint without code"):
         with open(path, "rb") as file:
             head = file.read(9)
         zipped = head[:4] == b"PK\3\4"                      # else it is older than torch 1.6, without checksums
@@ -688,16 +671,12 @@ def read_weights(path):
             from safetensors import safe_open
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-        source = path
-        if not zipped:
-            with open(path, "rb") as file:
-                source = io.BytesIO(file.read())            # which has no more than the file, whatever it is asked for
+        # from memory, which has no more than the file, whatever it is asked for
+        source = path if zipped else io.BytesIO(pathlib.Path(path).read_bytes())
         with torch.serialization.safe_globals([argparse.Namespace]):       # plain data, in many published checkpoints
             state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
         state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
         return {k: v for k, v in state.items() if isinstance(k, str)}, {}
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as safetensors or as a checkpoint without code ({first_line(error)})") from None
 
 
 def first_line(error):
@@ -709,24 +688,15 @@ def build(network, config, state, path):
     if max(config.get("depth") or 0, config.get("num_res_blocks") or 0, len(config.get("ch_mult") or ())) > len(state):
         raise UserError(f"{path} does not fit: {len(state)} tensors are too few for its architecture")
     with torch.device("meta"):
-        fit(network(**config), state, path)
+        load_strictly(network(**config), state, path, assign=True)
     return load_strictly(network(**config), state, path)
 
 
-def fit(model, state, path):
-    """Raises unless names and shapes are the model's."""
-    own = model.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in state]
-    wrong += [f"{k} is unexpected" for k in state if k not in own]
-    wrong += [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}")
-
-
-def load_strictly(model, state, path):
-    fit(model, state, path)
-    model.load_state_dict(state)
+def load_strictly(model, state, path, assign=False):
+    try:
+        model.load_state_dict(state, assign=assign)
+    except RuntimeError as error:                           # names and shapes that differ, in many lines
+        raise UserError(f"{path} does not fit: {' '.join(str(error).split(':', 1)[-1].split())[:300]}") from None
     return model
 
 

@@ -13,23 +13,21 @@ Benchmarks: CelebA, DeepFashion, AwA2 as distributed, any folder in CelebA's for
 Writes --out (runs/probe): result.json, per-attribute CSVs, pictures/, correlation.png. Features (fp16) stay in --cache.
 """
 import argparse
-import csv
-import io
 import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.special import logsumexp
-from scipy.stats import gaussian_kde, multivariate_normal
 from tqdm import tqdm
 
 import common
 from common import say
 from models import UserError, load_vae
-from tools import correlate
+from tools import correlate, tables
 from tools.benchmarks import read_benchmarks
+from tools.multilabel import average_precision, best_thresholds, f1_scores, topk_recall
+from tools.shape import latent_points, mixture, uniformity
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 BLOCK, WIDTH = 2048, 512                                    # rows and outputs of a product
@@ -251,57 +249,7 @@ def training_probe(folder, size, precision="fp32", train_images=2000, test_image
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measures. `weights` are those of the test pictures, (N,), or of B bootstrap draws at once, (B,N); None: all 1
-
-def f1_scores(scores, targets, threshold=0.0, weights=None):
-    """Scores (N,A), targets (N,A) of 1, 0, and -1 for unknown -> macro F1, micro F1, F1 of each attribute (A,). It is
-    predicted where the score exceeds the threshold, one or (A,). Nothing there and nothing found: 0."""
-    weights = np.ones(len(scores)) if weights is None else weights
-    predicted, true, known = scores > threshold, targets == 1, targets >= 0
-    hits, said, there = ((weights @ mask).astype(np.float64) for mask in (predicted & true, predicted & known, true))
-    each = 2 * hits / np.maximum(said + there, 1)
-    return each.mean(-1), 2 * hits.sum(-1) / np.maximum((said + there).sum(-1), 1), each
-
-
-def average_precision(scores, targets, weights=None):
-    """-> (A,): mean over an attribute's positives of the precision among all that score no lower; 0 where it has none."""
-    weights, each = np.ones(len(scores)) if weights is None else weights, []
-    for score, target in zip(scores.T, targets.T):
-        known = np.flatnonzero(target >= 0)
-        order = known[np.argsort(-score[known], kind="stable")]
-        score, hit, w = score[order], target[order] == 1, weights[..., order]
-        end = np.searchsorted(-score, -score[hit], side="right") - 1                     # of those with equal scores
-        precision = (w * hit).cumsum(-1)[..., end] / np.maximum(w.cumsum(-1)[..., end], 1)
-        each.append((w[..., hit] * precision).sum(-1, dtype=np.float64) / np.maximum(w[..., hit].sum(-1), 1))
-    return np.stack(each, -1)
-
-
-def topk_recall(scores, targets, k, weights=None):
-    """Share of a picture's attributes among its k highest scores, mean over the pictures that have any. Of equal scores
-    the first counts as higher."""
-    true = targets == 1
-    top = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    share = np.take_along_axis(true, top, 1).sum(1) / np.maximum(true.sum(1), 1)
-    weights = (np.ones(len(scores)) if weights is None else weights) * true.any(1)
-    return weights @ share / np.maximum(weights.sum(-1), 1)
-
-
-def best_thresholds(scores, targets):
-    """Thresholds (A,) of the highest F1, halfway between two scores."""
-    order, every = np.argsort(-scores, axis=0, kind="stable"), np.arange(scores.shape[1])
-    scores, targets = np.take_along_axis(scores, order, 0), np.take_along_axis(targets, order, 0)
-    hits = (targets == 1).cumsum(0)
-    f1 = 2 * hits / np.maximum((targets >= 0).cumsum(0) + hits[-1], 1)
-    f1[:-1][scores[:-1] == scores[1:]] = -1                 # equal scores cannot be parted
-    best = f1.argmax(0)
-    return (scores[best, every] + np.vstack([scores, scores[-1:] - 2])[best + 1, every]) / 2
-
-
-def gini(values):
-    """0: all values are equal; towards 1: one has everything. Mean absolute difference over twice the mean."""
-    x = np.sort(np.asarray(values, np.float64).ravel())
-    return float(((2 * np.arange(1, len(x) + 1) - len(x) - 1) * x).sum() / (len(x) * x.sum()))
-
+# Measures
 
 def measure(scores, targets, val_scores, val_targets, seed, draws=300):
     """-> {measure: [value, low, high]} with 95% bootstrap intervals over test pictures, {column: (A,)} of each attribute."""
@@ -323,58 +271,6 @@ def measure(scores, targets, val_scores, val_targets, seed, draws=300):
     return {k: [float(v[0]), *np.quantile(v[1:], [0.025, 0.975]).tolist()] for k, v in values.items()}, columns
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shape of the latent space
-
-def latent_points(x, channels, seed, count=10000):
-    """One position of each of `count` pictures, seeded -> principal components (count,C), each of variance 1."""
-    rng = np.random.default_rng(seed)
-    picture = np.sort(rng.permutation(len(x))[:count])
-    place = rng.integers(0, x.shape[1] // channels, len(picture))
-    points = x[picture].reshape(len(picture), channels, -1)[np.arange(len(picture)), :, place].astype(np.float64)
-    points -= points.mean(0)
-    values, axes = np.linalg.eigh(points.T @ points / len(points))
-    return (points @ axes / np.sqrt(values.clip(1e-12)))[:, ::-1].copy()
-
-
-def uniformity(points, seed):
-    """Gini coefficient of a Gaussian KDE's density at its own points, in the plane of the first two principal
-    components; bandwidth by Scott's rule. Low: the points are spread evenly."""
-    kde = gaussian_kde(points[:, :2].T)
-    about = dict(points=len(points), plane="PCA, whitened", dims=2, bandwidth=float(kde.factor))
-    return {"Gini of density": [gini(kde(points[:, :2].T))]}, about
-
-
-def mixture(points, seed, counts=(1, 2, 4, 8, 16, 32), steps=100):
-    """Gaussian mixtures of full covariance, by EM from seeded points of four fifths -> the others' mean log-likelihood
-    a dimension, less that of one Gaussian. The more, the less Gaussian the latents are."""
-    points, found = np.random.default_rng(seed).permutation(points), {}
-    (train, test), dims = np.split(points, [len(points) * 4 // 5]), points.shape[1]
-
-    def log_joint(x):                                       # log(share_k N(x_n; mean_k, covariance_k)), (n,K)
-        return np.stack([np.log(s) + multivariate_normal.logpdf(x, m, c) for s, m, c in model], 1)
-
-    for k in (c for c in counts if c * 20 <= len(train)):
-        model, last = [(1 / k, mean, np.eye(dims)) for mean in train[:k]], -np.inf
-        for _ in range(steps):
-            joint = log_joint(train)
-            total = logsumexp(joint, 1)
-            if total.mean() - last < 1e-5:
-                break
-            weights, last = np.exp(joint.T - total) + 1e-9, total.mean()                            # (K,n)
-            model = [(w.mean(), np.average(train, 0, w), np.cov(train.T, aweights=w, ddof=0) + 1e-3 * np.eye(dims))
-                     for w in weights]
-        found[k] = float(logsumexp(log_joint(test), 1).mean()) / dims
-    gains = {f"mixture of {k}": [v - found[1]] for k, v in found.items() if k > 1}
-    return gains, dict(points=len(train), held_out=len(test), dims=dims, log_likelihood=found)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-def slug(text):
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")
-
-
 def probe_one(bench, x, label, size, args, device):
     """Fit and measures on features x (N,D); writes each attribute's results and, if `size`, its extreme pictures
     -> {measure: [value, low, high]}, about the fit."""
@@ -384,30 +280,9 @@ def probe_one(bench, x, label, size, args, device):
         say(f"warning: {bench.name}, {label}: {probe.info['unconverged']} fits have not converged")
     scores = probe.scores(x[test])
     values, columns = measure(scores, y[test], probe.scores(x[val]), y[val], args.seed)
-    name = f"{slug(bench.name)}-{slug(label)}"
-    if columns:
-        columns = dict(attribute=bench.attributes, strength=[f"{s:g}" for s in probe.strength],
-                       train_positives=(y[train] == 1).sum(0), test_positives=(y[test] == 1).sum(0), **columns)
-        text = io.StringIO()
-        csv.writer(text).writerows([columns, *zip(*(np.asarray(v).tolist() for v in columns.values()))])
-        with common.writing(os.path.join(args.out, f"{name}.csv")) as file:
-            file.write(text.getvalue().encode())
-    for a, attribute in enumerate(bench.attributes if size and args.pictures > 0 else ()):
-        order = test.start + np.argsort(-scores[:, a], kind="stable")
-        rows = [bench.load(picks, size) for picks in (order[:args.pictures], order[::-1][:args.pictures])]
-        common.save_grid(os.path.join(args.out, "pictures", name, f"{slug(attribute)}.png"), rows)
+    tables.write_results(bench, label, probe.strength, scores, columns, size, args)
     chosen, counts = np.unique(probe.strength, return_counts=True)
     return values, dict(probe.info, strengths={f"{s:g}": int(c) for s, c in zip(chosen, counts)})
-
-
-def lines_of_table(results, columns):
-    """A block for each benchmark: its measures against the VAEs and baselines."""
-    width = max(24, *(len(c) + 2 for c in columns))
-    for bench, measures in results.items():
-        yield f"{bench:20}" + "".join(c.rjust(width) for c in columns if any(c in row for row in measures.values()))
-        for name, row in measures.items():
-            cells = [f"{v[0]:.4f}" + (f" [{v[1]:.4f},{v[2]:.4f}]" if v[1:] else "") for v in map(row.get, columns) if v]
-            yield f"  {name:18}" + "".join(c.rjust(width) for c in cells)
 
 
 def main():
@@ -448,7 +323,7 @@ def main():
         for name, value in row.items():
             results.setdefault(bench.name, {}).setdefault(name, {})[label] = value
         fits[f"{bench.name}, {label}"] = about
-    say("\n".join(lines_of_table(results, list(dict.fromkeys([*paths, *(label for _, label in jobs)])))))
+    say("\n".join(tables.lines_of_table(results, list(dict.fromkeys([*paths, *(label for _, label in jobs)])))))
     correlations = correlate.report(results, fids, args.out, args.seed) if fids else {}
     common.write_json(os.path.join(args.out, "result.json"), dict(
         results=results, correlations=correlations, fids=fids, vaes=info, benchmarks={b.name: b.about for b in benches},

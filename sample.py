@@ -26,14 +26,6 @@ from common import normal, say
 from models import UserError, load_sit, load_vae, reading
 
 
-def add_sampler_arguments(parser):
-    g = parser.add_argument_group("sampler")
-    g.add_argument("--sampler", choices=["sde", "ode", "heun"], default="sde")
-    g.add_argument("--steps", type=int, default=250, help="of the integration (Heun: two evaluations each)")
-    g.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1: none")
-    g.add_argument("--interval", type=float, nargs=2, default=[0.0, 0.75], metavar=("LO", "HI"), help="times with guidance")
-
-
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what")
@@ -49,7 +41,12 @@ def parse_arguments(argv=None):
     g.add_argument("--out", help=".png or .npz (default: grid.png or samples.npz in the SiT's folder)")
     g.add_argument("--overwrite", action="store_true", help="set: do not go on with an interrupted one, and replace --out")
     g.add_argument("--batch-size", type=common.positive, default=64, help="pictures a process draws at once")
-    add_sampler_arguments(p)
+    g = p.add_argument_group("sampler")
+    g.add_argument("--sampler", choices=["sde", "ode", "heun"], default="sde")
+    g.add_argument("--steps", type=lambda text: common.natural(text, least=2), default=250,
+                   help="of the integration (Heun: two evaluations each)")
+    g.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1: none")
+    g.add_argument("--interval", type=float, nargs=2, default=[0.0, 0.75], metavar=("LO", "HI"), help="times with guidance")
     common.add_run_arguments(p)
     return p.parse_args(argv)
 
@@ -127,16 +124,13 @@ def load_pair(sit_path, vae_path, device, ema=True):
 
 def class_numbers(names, sit):
     """Class numbers or folder names -> list of ints."""
-    known, numbers = sit.info.get("classes") or [], []
+    known = sit.info.get("classes") or []
+    numbers = {str(i): i for i in range(sit.num_classes)} | {name: i for i, name in enumerate(known)}
     for name in names:
-        if name in known:
-            numbers.append(known.index(name))
-        elif name.isdecimal() and int(name) < sit.num_classes:
-            numbers.append(int(name))
-        else:
+        if name not in numbers:
             raise UserError(f"--classes {name}: the SiT knows the numbers 0 to {sit.num_classes - 1}"
                             + (f" and names such as {', '.join(known[:4])}" if known else ""))
-    return numbers
+    return [numbers[name] for name in names]
 
 
 def set_labels(kind, ids, num_classes, seed):
@@ -146,27 +140,36 @@ def set_labels(kind, ids, num_classes, seed):
     return (common.uniform(seed, "sample label", ids).double() * num_classes).long()
 
 
+def refuse_other(path, old, settings):
+    """A set is gone on with, or taken for done, only where it has the settings asked for."""
+    differ = [f"{k} was {old.get(k)} and is now {v}" for k, v in settings.items()
+              if k != "provenance" and old.get(k) != v]
+    if differ:
+        raise UserError(f"{path} is already there, with other settings: {'; '.join(differ)}; use the same, name another --out, or "
+                        "replace it with --overwrite")
+
+
 def draw_set(sit, vae, args, device, precision, settings):
     """--num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON. The pictures grow in a folder
     beside it; blocks that are done are marked, so that a killed run loses at most one block a process."""
     parts, size = args.out + ".parts", vae.resolution
+    if os.path.exists(args.out) and not args.overwrite:
+        with reading(args.out, "a set of ours (--overwrite replaces it)"), np.load(args.out, allow_pickle=False) as file:
+            refuse_other(args.out, json.loads(str(file["settings"])), settings)
+        shutil.rmtree(parts, ignore_errors=True)            # a kill may come when the set is written
+        return say(f"done      {args.out} has its {args.num} pictures already")
     common.stop_at_signal()
     common.lock(parts)
     if common.rank() == 0:
+        record = os.path.join(parts, "settings.json")
         if args.overwrite:
             for path in glob.glob(os.path.join(glob.escape(parts), "*")):
                 os.remove(path)
-        record = os.path.join(parts, "settings.json")
-        keep = {k: v for k, v in settings.items() if k != "provenance"}
         if os.path.exists(record):
             with reading(record, "the settings of an interrupted set; remove its folder"), open(record) as file:
-                old = dict(json.load(file))
-            differ = [f"{k} was {old.get(k)} and is now {v}" for k, v in keep.items() if old.get(k) != v]
-            if differ:
-                raise UserError(f"{parts} holds an interrupted set with other settings: {'; '.join(differ)}; use the same, "
-                                "another --out, or --overwrite")
+                refuse_other(parts, json.load(file), settings)
         else:
-            common.write_json(record, keep)
+            common.write_json(record, settings)
     pictures, done, todo = common.resumable_array(parts, "pictures.npy", np.uint8, (args.num, size, size, 3), args.batch_size)
     if len(todo) < len(done):
         say(f"resuming {parts}: {len(done) - len(todo)} of {len(done)} blocks are done")
@@ -190,8 +193,6 @@ def main():
     args = parse_arguments()
     device = common.setup(args.device)
     precision = common.resolve_precision(args.precision, device)
-    if args.steps < 2:
-        raise UserError(f"--steps {args.steps}: at least 2 are needed")
     path = args.sit or os.path.dirname(common.newest("sit.safetensors", "SiT", "python train_sit.py"))
     sit, vae = load_pair(path, args.vae, device, ema=not args.raw)
     vae.to(memory_format=common.layout(device, precision))
@@ -208,14 +209,6 @@ def main():
     if args.compile if args.compile is not None else device.type == "cuda":
         sit.forward, vae.decode = torch.compile(sit.forward), torch.compile(vae.decode)
     if args.num:
-        if os.path.exists(args.out) and not args.overwrite:
-            with reading(args.out, "a set of ours (--overwrite replaces it)"), np.load(args.out, allow_pickle=False) as file:
-                old = json.loads(str(file["settings"]))
-            if any(old.get(k) != v for k, v in settings.items() if k != "provenance"):
-                raise UserError(f"{args.out} is already there, with other settings; name another --out, or replace it with "
-                                "--overwrite")
-            shutil.rmtree(args.out + ".parts", ignore_errors=True)         # a kill may come when the set is written
-            return say(f"done      {args.out} has its {args.num} pictures already")
         return draw_set(sit, vae, args, device, precision, settings)
 
     k = sit.num_classes

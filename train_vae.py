@@ -226,7 +226,7 @@ def build_networks(args, device, precision):
         vae.set_resolution(args.resolution)
     else:
         vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
-    vae.set_grad_checkpoint(args.grad_checkpoint)
+    vae.grad_checkpoint = args.grad_checkpoint
     vae.requires_grad_(not args.freeze)
     vfm = mapper = lpips = disc = None
     if args.align != "none":

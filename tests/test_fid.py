@@ -112,7 +112,7 @@ def test_weights_are_taken_strictly(weights, tmp_path):
     torch.save({k: v for k, v in state.items() if "num_batches_tracked" not in k}, tmp_path / "short.pth")
     fid.Inception(tmp_path / "short.pth")                    # counters are no weights
     torch.save({k: v for k, v in state.items() if k != "fc.bias"}, tmp_path / "lacks.pth")
-    with pytest.raises(models.UserError, match="fc.bias is missing"):
+    with pytest.raises(models.UserError, match="lacks.pth does not fit: Missing.*fc.bias"):
         fid.Inception(tmp_path / "lacks.pth")
 
 
@@ -490,7 +490,7 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     assert "damaged" in error("damaged.npz", "--ref", ref)
     assert "has 9 pictures, but 20 are needed" in error(good, "--ref", ref, "--num", 20)
     for flag, value, least in (("--num", 1, 2), ("--batch-size", 0, 1), ("--size", 0, 1), ("--pr-images", -1, 0)):
-        assert f"{flag} {value}: it must be at least {least}" in error(good, "--ref", ref, flag, value)
+        assert f"argument {flag}: {value} is less than {least}" in error(good, "--ref", ref, flag, value)
     assert "cannot be kept in bare" in error(good, "--ref", ref, "--out", "bare")
     assert "may have Inception's mu and sigma" in error(good, "--ref", "other.npz")
     assert "mu, sigma are no finite statistics" in error(good, "--ref", "wrong.npz")

@@ -21,7 +21,7 @@ import common
 import models
 import probe
 import train_vae
-from tools import benchmarks
+from tools import benchmarks, multilabel, shape
 from tools.benchmarks import read_benchmarks
 from tools.correlate import correlate
 from tools.pictures import draw_pictures
@@ -53,26 +53,26 @@ def cases():
 def test_metrics_are_those_of_scikit_learn(scores, targets):
     for threshold in (0.0, 0.3, np.linspace(-1, 1, scores.shape[1])):
         said, options = scores > threshold, dict(zero_division=0)
-        macro, micro, each = probe.f1_scores(scores, targets, threshold)
+        macro, micro, each = multilabel.f1_scores(scores, targets, threshold)
         assert macro == pytest.approx(metrics.f1_score(targets, said, average="macro", **options), abs=1e-6)
         assert micro == pytest.approx(metrics.f1_score(targets, said, average="micro", **options), abs=1e-6)
         np.testing.assert_allclose(each, metrics.f1_score(targets, said, average=None, **options), atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = [metrics.average_precision_score(t, s) for t, s in zip(targets.T, scores.T)]
-    np.testing.assert_allclose(probe.average_precision(scores, targets), theirs, atol=1e-6)
+    np.testing.assert_allclose(multilabel.average_precision(scores, targets), theirs, atol=1e-6)
     for k in (1, 3, 5, 7, 9):
         top = np.zeros_like(targets)
         np.put_along_axis(top, np.argsort(-scores, axis=1, kind="stable")[:, :k], 1, 1)
         some = targets.any(1)
         theirs = metrics.recall_score(targets[some], top[some], average="samples", zero_division=0)
-        assert probe.topk_recall(scores, targets, k) == pytest.approx(theirs, abs=1e-6)
+        assert multilabel.topk_recall(scores, targets, k) == pytest.approx(theirs, abs=1e-6)
 
 
 def test_unknown_targets_do_not_count():
     rng = np.random.default_rng(1)
     scores, targets = rng.normal(size=(300, 3)), rng.integers(-1, 2, (300, 3)).astype(np.int8)
-    each, precision = probe.f1_scores(scores, targets)[2], probe.average_precision(scores, targets)
+    each, precision = multilabel.f1_scores(scores, targets)[2], multilabel.average_precision(scores, targets)
     for a in range(3):
         known = targets[:, a] >= 0
         assert each[a] == pytest.approx(metrics.f1_score(targets[known, a], scores[known, a] > 0), abs=1e-6)
@@ -81,8 +81,8 @@ def test_unknown_targets_do_not_count():
 
 def test_nothing_to_find():
     scores, targets = np.ones((4, 3)), np.zeros((4, 3), np.int8)
-    assert probe.f1_scores(scores, targets)[:2] == (0, 0) and probe.topk_recall(scores, targets, 2) == 0
-    assert probe.average_precision(scores, targets).tolist() == [0, 0, 0]
+    assert multilabel.f1_scores(scores, targets)[:2] == (0, 0) and multilabel.topk_recall(scores, targets, 2) == 0
+    assert multilabel.average_precision(scores, targets).tolist() == [0, 0, 0]
 
 
 def test_bootstrap_weights_are_resampled_pictures():
@@ -92,10 +92,10 @@ def test_bootstrap_weights_are_resampled_pictures():
     draw = rng.integers(0, 80, 80)
     weights = np.stack([np.ones(80), np.bincount(draw, minlength=80)])
     drawn = scores[draw], targets[draw]
-    macro, micro, each = probe.f1_scores(scores, targets, 0, weights)
-    assert (macro[1], micro[1]) == pytest.approx(probe.f1_scores(*drawn)[:2]) and each.shape == (2, 5)
-    np.testing.assert_allclose(probe.average_precision(scores, targets, weights)[1], probe.average_precision(*drawn))
-    assert probe.topk_recall(scores, targets, 2, weights)[1] == pytest.approx(probe.topk_recall(*drawn, 2))
+    macro, micro, each = multilabel.f1_scores(scores, targets, 0, weights)
+    assert (macro[1], micro[1]) == pytest.approx(multilabel.f1_scores(*drawn)[:2]) and each.shape == (2, 5)
+    np.testing.assert_allclose(multilabel.average_precision(scores, targets, weights)[1], multilabel.average_precision(*drawn))
+    assert multilabel.topk_recall(scores, targets, 2, weights)[1] == pytest.approx(multilabel.topk_recall(*drawn, 2))
 
 
 def test_interval_is_about_the_binomial_one():
@@ -110,15 +110,15 @@ def test_best_threshold_is_the_best():
     rng = np.random.default_rng(4)
     scores = rng.normal(size=(60, 4)).round(1).astype(np.float32)
     targets = (rng.random((60, 4)) < [0.1, 0.5, 0.9, 0.0]).astype(np.int8)
-    found = probe.f1_scores(scores, targets, probe.best_thresholds(scores, targets))[2]
-    every = [probe.f1_scores(scores, targets, t)[2] for t in np.arange(-4, 4, 0.05, dtype=np.float32)]
+    found = multilabel.f1_scores(scores, targets, multilabel.best_thresholds(scores, targets))[2]
+    every = [multilabel.f1_scores(scores, targets, t)[2] for t in np.arange(-4, 4, 0.05, dtype=np.float32)]
     np.testing.assert_allclose(found, np.max(every, 0), atol=1e-9)
 
 
 def test_gini_is_the_mean_difference_over_twice_the_mean():
     x = np.random.default_rng(5).exponential(size=300)
-    assert probe.gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
-    assert probe.gini(np.ones(9)) == pytest.approx(0) and probe.gini([0] * 99 + [1]) == pytest.approx(0.99)
+    assert shape.gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
+    assert shape.gini(np.ones(9)) == pytest.approx(0) and shape.gini([0] * 99 + [1]) == pytest.approx(0.99)
 
 
 # ---- The fit ---------------------------------------------------------------------------------------------------------
@@ -146,7 +146,8 @@ def test_fit_is_scikit_learns(n, d, strength):
         fit = LogisticRegression(C=1 / (strength * known.sum()), tol=1e-8, max_iter=10000)
         theirs[:, a] = fit.fit(scaled[:n][known], y[:n, a][known]).decision_function(scaled[n:])
     np.testing.assert_allclose(ours.scores(x[n:]), theirs, atol=0.02 * np.abs(theirs).mean())
-    np.testing.assert_allclose(probe.f1_scores(ours.scores(x[n:]), y[n:])[:2], probe.f1_scores(theirs, y[n:])[:2], atol=0.002)
+    np.testing.assert_allclose(multilabel.f1_scores(ours.scores(x[n:]), y[n:])[:2], multilabel.f1_scores(theirs, y[n:])[:2],
+                               atol=0.002)
 
 
 def test_softmax_is_scikit_learns(monkeypatch):
@@ -187,8 +188,8 @@ def test_fit_with_rows_in_bf16(monkeypatch):
     for a, strength in enumerate(ours.strength):
         fit = LogisticRegression(C=1 / (float(strength) * 3000), tol=1e-8, max_iter=10000)
         theirs[:, a] = fit.fit(scaled[:3000], y[:3000, a]).decision_function(scaled[4000:])
-    np.testing.assert_allclose(probe.f1_scores(ours.scores(x[4000:]), y[4000:])[:2], probe.f1_scores(theirs, y[4000:])[:2],
-                               atol=0.002)
+    np.testing.assert_allclose(multilabel.f1_scores(ours.scores(x[4000:]), y[4000:])[:2],
+                               multilabel.f1_scores(theirs, y[4000:])[:2], atol=0.002)
 
 
 def test_fit_is_converged_and_repeats():
@@ -196,7 +197,7 @@ def test_fit_is_converged_and_repeats():
     y = (z > [0, 0.5, 1, 1.5, -1]).astype(np.int8)
     fits = [probe.fit_linear_probe(x[:1000], y[:1000], x[1000:1500], y[1000:1500], **more) for more in
             (dict(), dict(), dict(iterations=600, tolerance=1e-10))]
-    f1 = [probe.f1_scores(f.scores(x[1500:]), y[1500:])[0] for f in fits]
+    f1 = [multilabel.f1_scores(f.scores(x[1500:]), y[1500:])[0] for f in fits]
     assert f1[0] == f1[1] and abs(f1[0] - f1[2]) < 0.002
     assert torch.equal(fits[0].weight, fits[1].weight)
 
@@ -221,7 +222,7 @@ def test_planted_factors_are_found_only_where_a_line_finds_them():
     def score(x):
         x = x.astype(np.float32)
         fit = probe.fit_linear_probe(x[:2000], factors[:2000], x[2000:2500], factors[2000:2500])
-        return probe.f1_scores(fit.scores(x[2500:]), factors[2500:])[0]
+        return multilabel.f1_scores(fit.scores(x[2500:]), factors[2500:])[0]
     assert score(linear) > 0.99 and score(bent) < 0.75
 
 
@@ -452,15 +453,15 @@ def test_shape_tells_clusters_from_one_cloud():
     cloud = rng.normal(size=(2000, 3, 4))
     centres = rng.normal(size=(4, 3, 1)) * 4
     clusters = (centres[rng.integers(0, 4, 2000)] + cloud)
-    even, odd = (probe.latent_points(x.reshape(2000, 12), 3, 0) for x in (cloud, clusters))
+    even, odd = (shape.latent_points(x.reshape(2000, 12), 3, 0) for x in (cloud, clusters))
     assert even.shape == (2000, 3) and np.allclose(np.cov(odd.T, bias=True), np.eye(3), atol=1e-6)
-    gains = [probe.mixture(p, 0, (1, 2, 4)) for p in (even, odd)]
+    gains = [shape.mixture(p, 0, (1, 2, 4)) for p in (even, odd)]
     assert gains[0][0]["mixture of 4"][0] < 0.03 and gains[1][0]["mixture of 4"][0] > 0.2
     assert gains[0][1]["log_likelihood"][1] == pytest.approx(-0.5 * (1 + np.log(2 * np.pi)), abs=0.05)
-    measure, about = probe.uniformity(even, 0)
+    measure, about = shape.uniformity(even, 0)
     assert 0 < measure["Gini of density"][0] < 1 and about["points"] == 2000
     heavy = np.concatenate([even[:1000] * 0.05, even[1000:]])
-    assert probe.uniformity(heavy, 0)[0]["Gini of density"] > measure["Gini of density"]
+    assert shape.uniformity(heavy, 0)[0]["Gini of density"] > measure["Gini of density"]
 
 
 def test_correlations_are_scipys():
@@ -529,8 +530,8 @@ def test_fit_on_latents_is_scikit_learns(made, monkeypatch):
         for a in range(y.shape[1]):
             fit = LogisticRegression(C=1 / (float(ours.strength[a]) * n), tol=1e-8, max_iter=20000)
             theirs[:, a] = fit.fit(scaled[:n], y[:n, a]).decision_function(scaled[n + 100:])
-        np.testing.assert_allclose(probe.f1_scores(ours.scores(x[n + 100:]), y[n + 100:])[:2],
-                                   probe.f1_scores(theirs, y[n + 100:])[:2], atol=0.002)
+        np.testing.assert_allclose(multilabel.f1_scores(ours.scores(x[n + 100:]), y[n + 100:])[:2],
+                                   multilabel.f1_scores(theirs, y[n + 100:])[:2], atol=0.002)
 
 
 def test_pictures_are_those_of_extreme_scores(made, monkeypatch, tmp_path):

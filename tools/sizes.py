@@ -63,7 +63,7 @@ def main():
     def vae(checkpoint, batch, precision):
         def make():
             net = models.VAE("f16d32", 256)
-            net.set_grad_checkpoint(checkpoint)
+            net.grad_checkpoint = checkpoint
             return net, (torch.randn(batch, 3, 256, 256),)
         return activation_memory(make, lambda y: y.square().mean(), precision)
 
