@@ -255,58 +255,28 @@ def learning_rate(args, step, total):
 
 
 class Guard:
-    """Steps an optimiser; a step whose losses or gradient norm are not finite changes neither weights nor the statistics of
-    batch norms. It is counted on the device: nothing waits for it."""
+    """Steps an optimiser; a step whose losses or gradient norms (one a group of parameters) are not finite changes neither
+    weights nor the statistics of batch norms. bad: number of such steps in a row until now."""
 
     def __init__(self, module, optimizer, limit):
-        self.optimizer, self.limit = optimizer, limit
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.optimizer, self.limit, self.bad = optimizer, limit, 0
         self.statistics = [b for m in module.modules() if isinstance(m, nn.BatchNorm2d) for b in (m.running_mean, m.running_var)]
         self.good = [b.clone() for b in self.statistics]
-        # bad steps: in a row until now, most in a row and how many since the last look, number of the last one
-        self.bad = torch.zeros(4, dtype=torch.long, device=self.params[0].device)
-        self.bad_losses = None
 
-    def step(self, losses, step):
-        """Clips the gradient norm, steps and clears; losses (n,) -> the norm before clipping, a tensor."""
-        norm = nn.utils.clip_grad_norm_(self.params, self.limit)
-        finite = (torch.isfinite(norm) & torch.isfinite(losses).all()).long()
+    def step(self, losses):
+        """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor."""
+        norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses) for group in self.optimizer.param_groups])
+        finite = torch.isfinite(torch.cat([losses, norms])).all().float()
         if world() > 1:                                     # a loss is not finite on one process: all must skip the step
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self.optimizer.found_inf = 1 - finite.float()       # read by the fused kernels, as torch.amp.GradScaler sets it
-        self.optimizer.step()
+        self.bad = 0 if finite else self.bad + 1
+        if not self.bad:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for statistic, good in zip(self.statistics, self.good):
-            good.copy_(torch.where(finite.bool(), statistic, good))
-            statistic.copy_(good)
-        row, most, count, last = self.bad.unbind()
-        row = (row + 1) * (1 - finite)
-        self.bad = torch.stack([row, torch.maximum(most, row), count + 1 - finite, torch.where(finite.bool(), last, step)])
-        losses = torch.cat([losses, norm[None]])
-        self.bad_losses = losses if self.bad_losses is None else torch.where(finite.bool(), self.bad_losses, losses)
-        return norm
-
-    def look(self, names, limit, folder, final=False):
-        """-> number of bad steps since the last look, and whether the last step was one. Raises after more than `limit` in a
-        row, and where the `final` step is bad, with its number, the terms that were not finite (names of the losses), and the
-        last good checkpoint."""
-        row, most, count, last = self.bad.tolist()
-        if most > limit or final and row:
-            values = zip([*names, "gradient norm"], self.bad_losses.tolist())
-            terms = [name for name, value in values if not math.isfinite(value)] or ["on another process"]
-            raise UserError(f"{max(row, most)} steps in a row, the last one {last}, were not finite ({', '.join(terms)}) and did not "
-                            f"enter the weights; the last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; "
-                            "lower --lr, or try --precision fp32")
-        self.bad[1:3] = 0
-        return count, row > 0
-
-    def state_dict(self):
-        return self.bad
-
-    def load_state_dict(self, bad):
-        """After the module's own: the good statistics are the loaded ones."""
-        self.bad.copy_(bad)
-        self.good = [b.clone() for b in self.statistics]
+        right, other = (self.good, self.statistics) if self.bad else (self.statistics, self.good)
+        for a, b in zip(other, right):
+            a.copy_(b)
+        return norms[0]
 
 
 class Watch:
@@ -984,12 +954,12 @@ def write_json(path, value):
 class RunLog:
     """Progress bar and metrics.jsonl of a training run, on the first process; silent on the others.
 
-    add(losses) sums up what line(step) writes the means of; lines after `start`, left by a run that was killed, are dropped.
+    add sums up what line writes the means of; lines after `start`, left by a run that was killed, are dropped.
     `running`: since the last line, the sums of the losses called `names`, number of bad steps, number of good ones."""
 
-    def __init__(self, folder, args, names, running, start, total, steps_per_epoch):
-        self.folder, self.names, self.running, self.steps_per_epoch = folder, names, running, steps_per_epoch
-        self.batch_size, self.main = args.batch_size, rank() == 0
+    def __init__(self, args, names, running, start, total, steps_per_epoch):
+        self.args, self.names, self.running, self.total, self.steps_per_epoch = args, names, running, total, steps_per_epoch
+        self.main, folder = rank() == 0, args.out
         self.last_time, self.last_step = time.time(), start
         if self.main:
             os.makedirs(folder, exist_ok=True)
@@ -1007,21 +977,28 @@ class RunLog:
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
 
-    def add(self, losses):
-        """losses (n,) of one step, on the device: nothing waits for them. A step with one that is not finite counts nowhere."""
-        good = torch.isfinite(losses).all()
-        self.running[:-2] += torch.where(good, losses, 0)
-        self.running[-1] += good
+    def add(self, step, losses, bad):
+        """losses (n,) of a step. The last of `bad` bad ones in a row counts nowhere, and raises if they are more than
+        --max-bad-steps or it is the run's last."""
+        if bad > self.args.max_bad_steps or bad and step + 1 == self.total:
+            terms = [name for name, value in zip(self.names, losses.tolist()) if not math.isfinite(value)] or ["on another process"]
+            raise UserError(f"{bad} steps in a row, the last one {step}, were not finite ({', '.join(terms)}) and did not enter the "
+                            f"weights; the last good checkpoint is {(list_checkpoints(self.args.out) or ['none yet'])[-1]}; lower "
+                            "--lr, or try --precision fp32")
+        self.running[-2 if bad else -1] += 1
+        if not bad:
+            self.running[:-2] += losses
+        self.bar.update()
 
-    def line(self, step, active):
-        """Writes the means of the losses named in `active` since the last line, over all processes."""
+    def line(self, step):
+        """Writes the means of the losses in use since the last line, over all processes."""
         *sums, bad, good = gather_mean(self.running.clone()).tolist()
         self.running.zero_()
         now = time.time()
-        rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
+        rate = (step - self.last_step) * self.args.batch_size / max(now - self.last_time, 1e-9)
         self.last_time, self.last_step = now, step
         if self.main:
-            values = {k: v / good for k, v in zip(self.names, sums) if k in active and good}
+            values = {k: v / good for k, v in zip(self.names, sums) if v}
             if bad:
                 values["bad_steps"] = round(bad)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
@@ -1035,7 +1012,7 @@ class RunLog:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten):]
 
     def pictures(self, step, rows):
-        path = os.path.join(self.folder, "samples", f"{step:07d}.png")
+        path = os.path.join(self.args.out, "samples", f"{step:07d}.png")
         with going_on(path):
             save_grid(path, rows)
 

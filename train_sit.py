@@ -171,8 +171,7 @@ def main():
     steps_per_epoch = len(data) / args.batch_size
     say(f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid ** 2} tokens; {precision} on {device}")
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    guard = common.Guard(net, optimizer, args.clip)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
+    parts = dict(net=net, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
     names = ["flow", "repa", "grad_norm"]
@@ -211,22 +210,19 @@ def main():
         """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
         return n > 0 and (step == total or step % n == 0 and step > start)
 
-    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch)
     dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
     say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
         f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
+    guard = common.Guard(net, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due, bad = every(args.save_every), False
-        if due or stop or every(args.log_every):
-            count, bad = guard.look(names[:2], args.max_bad_steps, args.out, step == total)
-            running[-2] += count
-            due = due and not bad
+        due = every(args.save_every) and not guard.bad
         if step > start and every(args.log_every):
-            log.line(step, names if args.repa else ["flow", "grad_norm"])
+            log.line(step)
         if every(args.sample_every) and common.rank() == 0:
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
@@ -234,7 +230,7 @@ def main():
             log.pictures(step, pictures.split(args.preview_n))
         if every(args.fid_every):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
+        if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
                         vae_hash=vae.info["hash"], vae_path=args.vae)
@@ -270,10 +266,9 @@ def main():
                 ((flow + args.repa * repa) / args.accum).backward()
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
-        losses[2] = guard.step(losses[:2], step)
+        losses[2] = guard.step(losses[:2])
         common.ema_update(ema, net, args.ema)
-        log.add(losses)
-        log.bar.update()
+        log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
     saver.close()

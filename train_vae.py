@@ -121,7 +121,7 @@ def hinge_loss(real, fake):
 
 
 class SendVAE(nn.Module):
-    """VAE and mapper as one module, so that one DDP wraps all that the first optimiser trains."""
+    """VAE and mapper as one module, so that one DDP wraps all that is trained beside the discriminator."""
 
     def __init__(self, vae, mapper, decode=True):
         super().__init__()
@@ -283,17 +283,11 @@ def main():
              dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None}
     say("model     " + ", ".join(f"{k} {v:.2f}M" for k, v in count.items()) + f"; latents {vae.channels}x"
         f"{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
-    adam = functools.partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    optimizer = adam([p for p in net.parameters() if p.requires_grad])
-    guard = common.Guard(net, optimizer, args.clip)
+    trained = nn.ModuleDict(dict(net=net) if disc is None else dict(net=net, disc=disc))
+    groups = [dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()]       # clipped each by itself
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
-    guards = [(guard, names[:5])]                           # and the losses that each looks at
-    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
-    if disc is not None:
-        disc_optimizer = adam(disc.parameters())
-        disc_guard = common.Guard(disc, disc_optimizer, args.clip)
-        guards.append((disc_guard, names[5:6]))
-        parts.update(disc=disc, disc_optimizer=disc_optimizer, disc_bad=disc_guard)
+    parts = dict(trained, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
     running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
@@ -333,7 +327,7 @@ def main():
         """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
         return n > 0 and (step == total or step % n == 0 and step > start)
 
-    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch)
     partner = np.random.default_rng(args.seed).permutation(len(data))
     others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
     dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
@@ -341,16 +335,12 @@ def main():
     say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
         f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
+    guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due, bad = every(args.save_every), False
-        if due or stop or every(args.log_every):
-            found = [g.look(terms, args.max_bad_steps, args.out, step == total) for g, terms in guards]
-            count, bad = map(max, zip(*found))
-            running[-2] += count
-            due = due and not bad
+        due = every(args.save_every) and not guard.bad
         if step > start and every(args.log_every):
-            log.line(step, active)
+            log.line(step)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
         if due:
@@ -367,7 +357,7 @@ def main():
             log.note(step, probe(ema.vae))
         if every(args.fid_every):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
-        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
+        if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
             common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
                         stats_images=stats_images if due else None)
@@ -414,22 +404,17 @@ def main():
                 (loss / args.accum).backward()
             for k, term in terms.items():
                 losses[names.index(k)] += term.detach() / args.accum
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(args, step, total)
-        losses[6] = guard.step(losses[:5], step)
         for i, (x, y) in enumerate(fakes):
             with common.autocast(device, precision), common.sync_gradients(judge, i == args.accum - 1):
                 loss = hinge_loss(judge(x), judge(y))
                 (loss / args.accum).backward()
             losses[5] += loss.detach() / args.accum
-        if gan:
-            disc_optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
-            disc_guard.step(losses[5:6], step)
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(args, step, total)
+        losses[6] = guard.step(losses[:6])
         if args.ema:
             common.ema_update(ema, net, args.ema)
-        active = [*terms, *["disc"] * (gan > 0), "grad_norm"]
-        log.add(losses)
-        log.bar.update()
+        log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
     saver.close()

@@ -1,4 +1,6 @@
 """The mathematics, each against an independent formula: draws, crop, flow, samplers, losses, averages, networks."""
+import argparse
+import json
 import math
 import threading
 import time
@@ -221,24 +223,46 @@ def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
     def run(factors, skip=()):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Conv2d(2, 1, 1))
-        guard = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0)
+        guard, bad = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0), []
         for step, factor in enumerate(factors):
             if step not in skip:
                 x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step))
                 loss = net(x * factor if factor != "loss" else x).square().mean()
                 loss.backward()
-                guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]), step)
-        return guard, net.state_dict()
+                guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]))
+                bad.append(guard.bad)
+        return bad, net.state_dict()
 
-    guard, state = run([1.0, float("nan"), float("inf"), 1.0, "loss", 1.0])
+    bad, state = run([1.0, float("nan"), float("inf"), 1.0, "loss", 1.0])
     _, want = run([1.0] * 6, skip=(1, 2, 4))
+    assert bad == [0, 1, 2, 0, 1, 0]
     for name in ("0.running_mean", "0.running_var", "0.weight", "1.weight", "1.bias"):
         assert torch.equal(state[name], want[name]), name
-    assert guard.look(["flow", "repa"], 2, "nowhere") == (3, False)
-    assert guard.look(["flow", "repa"], 2, "nowhere") == (0, False)      # counted once
-    guard, _ = run([1.0, float("nan"), float("nan")])
-    with pytest.raises(models.UserError, match="2 steps in a row, the last one 2, were not finite .flow, gradient norm.*none yet"):
-        guard.look(["flow", "repa"], 1, "nowhere")
+
+
+def test_each_group_of_parameters_is_clipped_by_itself():
+    a, b = (torch.nn.Parameter(torch.tensor([x])) for x in (3.0, 40.0))
+    guard = common.Guard(torch.nn.Module(), torch.optim.SGD([dict(params=[a]), dict(params=[b])], lr=1.0), 1.0)
+    (a.square() / 2 + b.square() / 2).sum().backward()
+    norm = guard.step(torch.ones(1))
+    assert norm == 3 and (a.item(), b.item()) == pytest.approx((2, 39), abs=1e-5)
+
+
+def test_bad_steps_count_nowhere_and_too_many_in_a_row_stop_the_run(inside):
+    """The losses' means are over good steps; the last step of a run must be a good one."""
+    args = argparse.Namespace(out="run", batch_size=4, max_bad_steps=2)
+    log = common.RunLog(args, ["flow", "repa", "grad_norm"], torch.zeros(5), 0, 9, 2.0)
+    good, wrong = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([torch.nan, 0.0, torch.inf])
+    for step, (losses, bad) in enumerate([(good, 0), (wrong, 1), (wrong, 2), (3 * good, 0)]):
+        log.add(step, losses, bad)
+    log.line(4)
+    with open("run/metrics.jsonl") as file:
+        line = json.loads(file.read())
+    assert line.pop("images_per_s") > 0 and line == dict(step=4, epoch=2.0, flow=2.0, grad_norm=6.0, bad_steps=2)
+    with pytest.raises(models.UserError, match="3 steps in a row, the last one 6, were not finite .flow, grad_norm.*none yet"):
+        log.add(6, wrong, 3)
+    with pytest.raises(models.UserError, match="1 steps in a row, the last one 8, were not finite .on another process"):
+        log.add(8, good, 1)
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
