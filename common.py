@@ -878,9 +878,10 @@ def load_checkpoint(folder, device):
     return None
 
 
-def resume(args, free, device):
-    """Makes --out this run's -> the state to go on from, or None where it begins. Other settings than the run began with are
-    refused, except for the flags named in `free`."""
+def resume(args, free, parts, total, device):
+    """Makes --out this run's and loads its last state into its parts, in their order -> the step to go on from, None where
+    all steps are done, and the sums of the unfinished line of metrics. Other settings than the run began with are refused,
+    except for the flags named in `free`."""
     lock(args.out)
     state = None if args.overwrite else load_checkpoint(args.out, device)
     if state is None:
@@ -888,7 +889,7 @@ def resume(args, free, device):
             raise UserError(f"--resume: {args.out} holds no checkpoint")
         for path in list_checkpoints(args.out) if rank() == 0 else ():
             os.remove(path)
-        return None
+        return 0, None
     saved, free = state["arguments"], free | FREE
     if args.lr_schedule == "cosine":
         free = free - {"steps", "epochs"}                   # the rate of every step depends on the last one's number
@@ -897,16 +898,14 @@ def resume(args, free, device):
     if differ:
         raise UserError(f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
                         "another --out, or --overwrite to begin anew")
-    return state
-
-
-def restore(folder, state, parts, running):
-    """Loads a run's state into its parts, in their order, and the sums of its unfinished line of metrics."""
-    with reading(folder, "a run of this version of the code; begin anew with --overwrite"):
+    if state["step"] >= total:
+        say(f"done      {args.out} has its {state['step']} steps already")
+        return None, None
+    with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        running.copy_(state["running"])
-    say(f"resuming  {folder} at step {state['step']}")
+    say(f"resuming  {args.out} at step {state['step']}")
+    return state["step"], state["running"]
 
 
 def newest(name, what, command):
@@ -957,8 +956,9 @@ class RunLog:
     add sums up what line writes the means of; lines after `start`, left by a run that was killed, are dropped.
     `running`: since the last line, the sums of the losses called `names`, number of bad steps, number of good ones."""
 
-    def __init__(self, args, names, running, start, total, steps_per_epoch):
-        self.args, self.names, self.running, self.total, self.steps_per_epoch = args, names, running, total, steps_per_epoch
+    def __init__(self, args, names, running, start, total, steps_per_epoch, device):
+        self.args, self.names, self.start, self.total, self.steps_per_epoch = args, names, start, total, steps_per_epoch
+        self.running = torch.zeros(len(names) + 2, device=device) if running is None else running
         self.main, folder = rank() == 0, args.out
         self.last_time, self.last_step = time.time(), start
         if self.main:
@@ -976,6 +976,12 @@ class RunLog:
             write_json(os.path.join(folder, "config.json"), dict(arguments=vars(args), provenance=provenance()))
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
+        say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
+            f"{args.batch_size} = {world()} processes x {args.accum} passes x {args.batch_size // (world() * args.accum)}")
+
+    def every(self, n, step):
+        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
+        return n > 0 and (step == self.total or step % n == 0 and step > self.start)
 
     def add(self, step, losses, bad):
         """losses (n,) of a step. The last of `bad` bad ones in a row counts nowhere, and raises if they are more than

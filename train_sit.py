@@ -174,18 +174,11 @@ def main():
     parts = dict(net=net, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
+    args.vae_hash = vae.info["hash"]                        # another VAE is another setting
     names = ["flow", "repa", "grad_norm"]
-    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
-    start, state = 0, common.resume(args, FREE, device)
-    if state is not None:
-        if state["vae_hash"] != vae.info["hash"]:
-            raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
-                            f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
-        start = state["step"]
-        if start >= total:
-            return say(f"done      {args.out} has its {start} steps already")
-        common.restore(args.out, state, parts, running)
-        del state
+    start, running = common.resume(args, FREE, parts, total, device)
+    if start is None:
+        return
 
     # Parallel and compiled form; `net` stays the plain module that is saved
     forward = net
@@ -206,37 +199,30 @@ def main():
             labels = set_labels("equal", ids, net.num_classes, args.seed)
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
-    def every(n):
-        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
-        return n > 0 and (step == total or step % n == 0 and step > start)
-
-    log = common.RunLog(args, names, running, start, total, steps_per_epoch)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
     dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(net, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due = every(args.save_every) and not guard.bad
-        if step > start and every(args.log_every):
+        due = log.every(args.save_every, step) and not guard.bad
+        if step > start and log.every(args.log_every, step):
             log.line(step)
-        if every(args.sample_every) and common.rank() == 0:
+        if log.every(args.sample_every, step) and common.rank() == 0:
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
             log.pictures(step, pictures.split(args.preview_n))
-        if every(args.fid_every):
+        if log.every(args.fid_every, step):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
-            common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
                         vae_hash=vae.info["hash"], vae_path=args.vae)
             weights = {"sit.safetensors": ("sit", "ema", "", net.config, info),
                        "sit_raw.safetensors": ("sit", "net", "", net.config, info)}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], running=running,
+            saver.save(step, weights, dict(step=step, arguments=vars(args), running=common.gather_mean(log.running),
                                            **{name: part.state_dict() for name, part in parts.items()}))
         if step == total or stop:
             break

@@ -290,14 +290,9 @@ def main():
     parts = dict(trained, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
-    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
-    start, state = 0, common.resume(args, FREE, device)
-    if state is not None:
-        start = state["step"]
-        if start >= total:
-            return say(f"done      {args.out} has its {start} steps already")
-        common.restore(args.out, state, parts, running)
-        del state
+    start, running = common.resume(args, FREE, parts, total, device)
+    if start is None:
+        return
 
     # Parallel and compiled forms; `net` and `disc` stay the plain modules that are saved
     forward, critic = net, disc
@@ -323,23 +318,17 @@ def main():
             with torch.no_grad(), common.autocast(device, precision):
                 yield index, common.to_uint8(ema.vae.decode(ema.vae.encode(common.from_uint8(x))[0]))
 
-    def every(n):
-        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
-        return n > 0 and (step == total or step % n == 0 and step > start)
-
-    log = common.RunLog(args, names, running, start, total, steps_per_epoch)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
     partner = np.random.default_rng(args.seed).permutation(len(data))
     others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
     dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
         stop = watch.stop()
-        due = every(args.save_every) and not guard.bad
-        if step > start and every(args.log_every):
+        due = log.every(args.save_every, step) and not guard.bad
+        if step > start and log.every(args.log_every, step):
             log.line(step)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
@@ -353,16 +342,15 @@ def main():
             if val_data is not None:
                 log.note(step, validate(ema, vfm, val_data, args, device, precision))
             ema.train(ema is net)
-        if every(args.probe_every) and common.rank() == 0:
+        if log.every(args.probe_every, step) and common.rank() == 0:
             log.note(step, probe(ema.vae))
-        if every(args.fid_every):
+        if log.every(args.fid_every, step):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
-            common.gather_mean(running)
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
                         stats_images=stats_images if due else None)
             weights = {"vae.safetensors": ("vae", "ema", "vae.", vae.config, info)} if due else {}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), running=running,
+            saver.save(step, weights, dict(step=step, arguments=vars(args), running=common.gather_mean(log.running),
                                            **{name: part.state_dict() for name, part in parts.items()}))
         if step == total or stop:
             break

@@ -251,7 +251,7 @@ def test_each_group_of_parameters_is_clipped_by_itself():
 def test_bad_steps_count_nowhere_and_too_many_in_a_row_stop_the_run(inside):
     """The losses' means are over good steps; the last step of a run must be a good one."""
     args = argparse.Namespace(out="run", batch_size=4, max_bad_steps=2)
-    log = common.RunLog(args, ["flow", "repa", "grad_norm"], torch.zeros(5), 0, 9, 2.0)
+    log = common.RunLog(args, ["flow", "repa", "grad_norm"], torch.zeros(5), 0, 9, 2.0, "cpu")
     good, wrong = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([torch.nan, 0.0, torch.inf])
     for step, (losses, bad) in enumerate([(good, 0), (wrong, 1), (wrong, 2), (3 * good, 0)]):
         log.add(step, losses, bad)

@@ -313,6 +313,9 @@ def test_wrong_checkpoints(inside, trained, pictures, capsys):
     script(train_vae, *VAE, "--data", pictures, "--align", "none", "--gan", 0, "--steps", 1, "--seed", 5)
     message = refused(capsys, sample, "--sit", sit, "--vae", "runs/vae")
     assert models.load_vae("runs/vae").info["hash"] in message and models.load_sit(sit).info["vae_hash"] in message
+    script(train_sit, *words, "--vae", trained / "runs/vae")
+    message = refused(capsys, train_sit, *words, "--vae", "runs/vae", "--steps", 2)
+    assert f"--vae-hash was {models.load_sit(sit).info['vae_hash']} and is now {models.load_vae('runs/vae').info['hash']}" in message
 
 
 def test_sample_arguments(trained, capsys, monkeypatch):
