@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from models import UserError, content_hash, first_line, intact, reading, state_hash
@@ -799,15 +800,6 @@ def unlock(folder):
         _locks.pop(folder).close()
 
 
-def to_host(value):
-    """A copy in host memory of nested dicts and lists of tensors."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: to_host(v) for k, v in value.items()}
-    return type(value)(map(to_host, value)) if isinstance(value, (list, tuple)) else value
-
-
 class Saver:
     """Writes a run's weights and training state, on the first process, in a thread, from a copy in host memory. What cannot
     be written is said at once and training goes on; only at the end it is an error. What was saved before stays good."""
@@ -816,18 +808,19 @@ class Saver:
         self.folder, self.keep_every, self.thread, self.error = folder, keep_every, None, None
 
     def save(self, step, weights, state):
-        """state: for save_checkpoint; weights: {file name: (kind, key, prefix, config, info)} for save_weights, of what stands
-        under state[key] with this prefix to its names, so that it is copied once."""
+        """state: for save_checkpoint; weights: {file name: (kind, state dict, config, info)} for save_weights. A tensor that
+        stands in both is copied once."""
         if rank() == 0:
             self.wait()
-            self.thread = threading.Thread(target=self.write, name="saver", args=(step, weights, to_host(state)))
+            to_host = functools.cache(lambda x: x.detach().to("cpu", copy=True))
+            self.thread = threading.Thread(target=self.write, name="saver",
+                                           args=(step, *tree_map_only(torch.Tensor, to_host, (weights, state))))
             self.thread.start()
 
     def write(self, step, weights, state):
         self.error = None
         try:
-            for name, (kind, key, prefix, config, info) in weights.items():
-                part = {k.removeprefix(prefix): v for k, v in state[key].items() if k.startswith(prefix)}
+            for name, (kind, part, config, info) in weights.items():
                 save_weights(os.path.join(self.folder, name), kind, part, config, dict(info, **provenance()))
             save_checkpoint(self.folder, step, state, self.keep_every)
         except (OSError, RuntimeError) as error:            # torch.save turns some failed writes into RuntimeError

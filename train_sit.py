@@ -220,10 +220,10 @@ def main():
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
                         vae_hash=vae.info["hash"], vae_path=args.vae)
-            weights = {"sit.safetensors": ("sit", "ema", "", net.config, info),
-                       "sit_raw.safetensors": ("sit", "net", "", net.config, info)}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), running=common.gather_mean(log.running),
-                                           **{name: part.state_dict() for name, part in parts.items()}))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            weights = {"sit.safetensors": ("sit", state["ema"], net.config, info),
+                       "sit_raw.safetensors": ("sit", state["net"], net.config, info)}
+            saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
         if step == total or stop:
             break
 

@@ -349,9 +349,9 @@ def main():
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
                         stats_images=stats_images if due else None)
-            weights = {"vae.safetensors": ("vae", "ema", "vae.", vae.config, info)} if due else {}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), running=common.gather_mean(log.running),
-                                           **{name: part.state_dict() for name, part in parts.items()}))
+            weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
         if step == total or stop:
             break
 
