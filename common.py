@@ -770,34 +770,28 @@ def save_weights(path, kind, state, config, info):
         file.write(save(state, metadata))
 
 
-_locks = {}
-
-
 def lock(folder, wait=False):
-    """Makes this run the only one that writes into a folder, until its process ends, however it ends; refuses, or waits
-    for, another. Also removes half-written files that a killed run left there."""
+    """Makes this run the only one that writes into a folder, until its process ends, however it ends, or closes the file of
+    this number; refuses, or waits for, another. Also removes half-written files that a killed run left there."""
+    file = None
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
-            _locks[folder] = open(os.path.join(folder, ".lock"), "a")
+            file = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
             try:
-                fcntl.lockf(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)     # unlike flock's, not inherited by loaders
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)               # unlike flock's, not inherited by loaders
             except BlockingIOError:
                 if not wait:
                     raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
                 say(f"waiting for another process that writes into {folder}")
-                fcntl.lockf(_locks[folder], fcntl.LOCK_EX)
+                fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}") from None
         for inside in (folder, os.path.join(folder, "checkpoints")):
             for path in glob.glob(os.path.join(glob.escape(inside), "*.tmp")):
                 os.remove(path)
     barrier()
-
-
-def unlock(folder):
-    if rank() == 0:
-        _locks.pop(folder).close()
+    return file
 
 
 class Saver:

@@ -79,7 +79,7 @@ def cache_latents(vae, data, flip, args, device, precision):
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
     record = os.path.join(folder, "latents.json")
     common.stop_at_signal()
-    common.lock(folder, wait=True)
+    held = common.lock(folder, wait=True)
     try:
         if common.rank() == 0 and not os.path.exists(record):
             common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
@@ -105,7 +105,8 @@ def cache_latents(vae, data, flip, args, device, precision):
                 latents[begin:begin + len(pair), side] = pair
         common.mark_done(latents, done, block)
     common.barrier()
-    common.unlock(folder)
+    if held is not None:
+        os.close(held)                                      # training needs no lock of it
     return folder
 
 

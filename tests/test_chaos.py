@@ -42,8 +42,7 @@ def test_a_kill_between_the_set_and_the_end_of_its_parts(sit, inside, capsys):
     words = ["--sit", sit, "--num", 3, "--steps", 2, "--precision", "fp32", "--out", "set.npz"]
     script(sample, *words)
     whole = open("set.npz", "rb").read()
-    common.lock("set.npz.parts")
-    common.unlock("set.npz.parts")
+    os.close(common.lock("set.npz.parts"))
     script(sample, *words)
     assert open("set.npz", "rb").read() == whole and sorted(os.listdir()) == ["set.npz"]
     assert "already there, with other settings" in refused(capsys, sample, *words, "--seed", 1)
