@@ -13,6 +13,7 @@ The same command goes on where a run was stopped.
 """
 import argparse
 import copy
+import functools
 import math
 import os
 
@@ -77,16 +78,9 @@ def cache_latents(vae, data, flip, args, device, precision):
     name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}{'' if flip else '-noflip'}"
     folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
-    record = os.path.join(folder, "latents.json")
     common.stop_at_signal()
     held = common.lock(folder, wait=True)
-    try:
-        if common.rank() == 0 and not os.path.exists(record):
-            common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
-                                           precision=precision))
-        latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
-    except OSError as error:
-        raise UserError(f"cannot write the latent cache {folder}: {error.strerror}") from None
+    latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
     if len(todo):
         say(f"caching   latents of {len(data)} pictures in {folder}, {np.prod(shape) * 2 / 1e9:.2f} GB")
     todo = todo[common.rank()::common.world()]
@@ -110,17 +104,11 @@ def cache_latents(vae, data, flip, args, device, precision):
     return folder
 
 
-class LatentCache:
-    """Reads latents.npy of a folder that cache_latents filled; opened anew in every loader process."""
-
-    def __init__(self, folder):
-        self.path, self.array = os.path.join(folder, "latents.npy"), None
-
-    def read(self, index, flip):
-        """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std)."""
-        if self.array is None:
-            self.array = np.load(self.path, mmap_mode="r")
-        return dict(latent=torch.from_numpy(self.array[index, flip.astype(np.int64)]))
+def read_latents(folder, index, flip):
+    """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std) from a folder that
+    cache_latents filled."""
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+    return dict(latent=torch.from_numpy(latents[index, flip.astype(np.int64)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,8 +143,7 @@ def main():
     vae = load_vae(args.vae, device).to(memory_format=common.layout(device, precision))
     data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
-    folder = cache_latents(vae, data, args.flip, args, device, precision)
-    cache = LatentCache(folder)
+    cache = cache_latents(vae, data, args.flip, args, device, precision)
 
     # Models
     patch = args.patch or max(1, 16 // vae.factor)
@@ -201,7 +188,8 @@ def main():
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
     log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
-    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
+    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip,
+                             functools.partial(read_latents, cache))
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
     shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
