@@ -207,8 +207,8 @@ def main():
         if log.every(args.fid_every, step):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
-                        vae_hash=vae.info["hash"], vae_path=args.vae)
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, classes=data.classes,
+                        vae_hash=args.vae_hash, vae_path=args.vae)
             state = {name: part.state_dict() for name, part in parts.items()}
             weights = {"sit.safetensors": ("sit", state["ema"], net.config, info),
                        "sit_raw.safetensors": ("sit", state["net"], net.config, info)}

@@ -278,7 +278,7 @@ def main():
     # Networks and optimisers
     net, vfm, lpips, disc = build_networks(args, device, precision)
     vae, mapper = net.vae, net.mapper
-    ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
     count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in
              dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None}
     say("model     " + ", ".join(f"{k} {v:.2f}M" for k, v in count.items()) + f"; latents {vae.channels}x"
@@ -333,22 +333,17 @@ def main():
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
         if due:
-            ema.eval()
-            stats_images = 4000 if step < total else args.stats_images or len(data)
-            statistics = latent_statistics(ema.vae, data, args.resolution, min(stats_images, len(data)), args, device, precision)
-            for owner in (vae, ema.vae):
-                owner.latent_mean.copy_(statistics[0])
-                owner.latent_std.copy_(statistics[1])
+            stats_images = min(4000 if step < total else args.stats_images or len(data), len(data))
+            mean, std = latent_statistics(ema.vae, data, args.resolution, stats_images, args, device, precision)
+            ema.vae.latent_mean.copy_(mean), ema.vae.latent_std.copy_(std)         # until the next step only
             if val_data is not None:
                 log.note(step, validate(ema, vfm, val_data, args, device, precision))
-            ema.train(ema is net)
         if log.every(args.probe_every, step) and common.rank() == 0:
             log.note(step, probe(ema.vae))
         if log.every(args.fid_every, step):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
         if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
-                        stats_images=stats_images if due else None)
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, stats_images=stats_images if due else None)
             weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
             state = {name: part.state_dict() for name, part in parts.items()}
             saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
@@ -400,8 +395,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step, total)
         losses[6] = guard.step(losses[:6])
-        if args.ema:
-            common.ema_update(ema, net, args.ema)
+        common.ema_update(ema, net, args.ema)
         log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
     log.bar.close()
