@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -242,6 +243,11 @@ def sync_batch_norms(module):
             if type(part) is nn.BatchNorm2d:
                 part.__class__ = SyncBatchNorm
     return module
+
+
+def parallel(module):
+    """A module that several processes train together, each on its share of a batch, or what torch.compile made of it."""
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True) if world() > 1 else module
 
 
 def sync_gradients(model, on):
@@ -1014,6 +1020,12 @@ class RunLog:
         if self.main:
             say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
             self.write(dict(step=step, **values))
+
+    def close(self, step, done):
+        """The last words, after the last save."""
+        self.bar.close()
+        say(done if step == self.total else f"stopped   by a signal at step {step}; the same command goes on from the last "
+            f"checkpoint in {self.args.out}")
 
 
 @torch.no_grad()

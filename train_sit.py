@@ -20,7 +20,6 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
@@ -172,8 +171,7 @@ def main():
     forward = net
     if args.compile if args.compile is not None else device.type == "cuda":
         forward, vfm = torch.compile(net), vfm and torch.compile(vfm)
-    if common.world() > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = common.parallel(forward)
 
     # What is looked at now and then
     if args.fid_every:
@@ -245,11 +243,8 @@ def main():
         common.ema_update(ema, net, args.ema)
         log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
-    log.bar.close()
     saver.close()
-    if step < total:
-        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
-    say(f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
+    log.close(step, f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
 
 
 if __name__ == "__main__":

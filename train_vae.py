@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import normal, say, uniform
@@ -298,10 +297,7 @@ def main():
     forward, critic = net, disc
     if args.compile if args.compile is not None else device.type == "cuda":
         forward, critic, vfm, lpips = (m and torch.compile(m) for m in (net, disc, vfm, lpips))
-    judge = critic                                          # with gradients for the discriminator, averaged over processes
-    if common.world() > 1:
-        forward, judge = (m and DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
-                          for m in (forward, critic))
+    forward, judge = common.parallel(forward), critic and common.parallel(critic)         # critic: without gradients of its own
 
     # What is looked at now and then
     if args.fid_every:
@@ -398,11 +394,8 @@ def main():
         common.ema_update(ema, net, args.ema)
         log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
-    log.bar.close()
     saver.close()
-    if step < total:
-        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
-    say(f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
+    log.close(step, f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
 
 
 if __name__ == "__main__":
