@@ -916,17 +916,12 @@ def newest(name, what, command):
 
 def provenance():
     """What made this result: commit, versions, device."""
-    here = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*words):
-        try:
-            return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, capture_output=True, text=True,
+                         cwd=os.path.dirname(os.path.abspath(__file__)))
+    commit, _, dirty = git.stdout.strip().partition("-")    # nothing where there is no git, or no repository
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(commit=git("rev-parse", "HEAD") or None, dirty=bool(git("status", "--porcelain", "-uno")),
-                python=sys.version.split()[0], torch=torch.__version__, device=device, processes=world(),
-                date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return dict(commit=commit or None, dirty=bool(dirty), python=sys.version.split()[0], torch=torch.__version__,
+                device=device, processes=world(), date=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 @contextlib.contextmanager
