@@ -289,7 +289,7 @@ class Watch:
     def __init__(self, timeout):
         self.asked, self.timeout, self.group = False, timeout, None
 
-        def note(name):
+        def note(number, frame):
             self.asked = True
         at_signal(note)
         if world() > 1:                                     # on CPU tensors: a GPU need not be waited for
@@ -320,20 +320,15 @@ def missing():
 
 
 def at_signal(function):
-    """A scheduler's SIGTERM or SIGUSR1 to this process calls function(the signal's name)."""
-    main = os.getpid()
-
-    def handler(number, frame):
-        if os.getpid() == main:                             # forked loader processes inherit it
-            function(signal.Signals(number).name)
+    """A scheduler's SIGTERM or SIGUSR1 to this process calls function(number, frame)."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, handler)
+        signal.signal(number, function)
 
 
 def stop_at_signal():
     """For work in blocks that are kept when done: a scheduler's signal ends the process at once, with exit code 0."""
-    def leave(name):
-        print(f"stopped by {name}; the same command goes on with what is left", flush=True)
+    def leave(number, frame):
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on with what is left", flush=True)
         sys.exit(0)
     at_signal(leave)
 
@@ -640,8 +635,8 @@ def cores():
 
 def ignore_signals(worker):
     """A scheduler's signal goes to loaders too: they go on until the process they read for has ended."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    at_signal(signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(dataset, items, workers, device):
