@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -943,15 +944,12 @@ class RunLog:
         if self.main:
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, "metrics.jsonl")
-            lines = []
-            if start and os.path.exists(path):
-                with open(path) as file:
-                    for line in file:                       # the last one may be cut off
-                        with contextlib.suppress(ValueError, KeyError, TypeError):
-                            lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= start)
+            with open(path, "a+b") as file:
+                file.seek(0)
+                lines = re.findall(rb'^({"step": (\d+), .*}\n)', file.read(), re.MULTILINE)        # the last one may be cut off
             with writing(path) as file:
-                file.write("".join(lines).encode())
-            self.file, self.unwritten = open(path, "ab", buffering=0), b""
+                file.write(b"".join(line for line, step in lines if 0 < int(step) <= start))
+            self.file = open(path, "ab", buffering=2 ** 20)
             write_json(os.path.join(folder, "config.json"), dict(arguments=vars(args), provenance=provenance()))
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
@@ -990,11 +988,10 @@ class RunLog:
             self.write(dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2)))
 
     def write(self, line):
-        """What a full disk does not take is written with a later line: none is lost or cut."""
-        self.unwritten += (json.dumps(line) + "\n").encode()
+        """What a full disk does not take stays in the file's buffer until a later line: none is lost or cut."""
         with going_on(self.file.name):
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+            self.file.write((json.dumps(line) + "\n").encode())
+            self.file.flush()
 
     def pictures(self, step, rows):
         path = os.path.join(self.args.out, "samples", f"{step:07d}.png")
