@@ -676,8 +676,8 @@ def to_uint8(x):
 # Files: written beside their name, flushed, renamed. A reader never sees half a file
 
 @contextlib.contextmanager
-def writing(path, check=None):
-    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well, and check(its path) does."""
+def writing(path):
+    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     for left in glob.glob(f"{glob.escape(path)}.*.tmp"):    # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
@@ -688,8 +688,6 @@ def writing(path, check=None):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -832,13 +830,14 @@ class Saver:
 
 
 def save_checkpoint(folder, step, state, keep_every=0):
-    """The whole training state -> folder/checkpoints/<step>.pt, checked by reading it back before it gets this name. The
-    last two are kept, and those of every `keep_every` steps."""
-    def check(path):
-        if not intact(path):
-            raise OSError("what was read back differs from what was written: the disk may be failing")
-    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt"), check) as file:
+    """The whole training state -> folder/checkpoints/<step>.pt, read back before older ones go. The last two are kept, and
+    those of every `keep_every` steps."""
+    path = os.path.join(folder, "checkpoints", f"{step:09d}.pt")
+    with writing(path) as file:
         torch.save(state, file)
+    if not intact(path):
+        os.remove(path)
+        raise OSError("what was read back differs from what was written: the disk may be failing")
     for old in list_checkpoints(folder)[:-2]:
         if not keep_every or int(os.path.basename(old)[:-3]) % keep_every:
             os.remove(old)
