@@ -391,7 +391,6 @@ def adm_crop(image, size):
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")        # whatever the name says; others may run programs
-_replaced, _told = [], set()                                # what --skip-bad passed by in this process; what the user was told
 
 
 def shown(path):
@@ -544,24 +543,23 @@ class ImageSet:
     def path(self, i):
         return os.path.join(self.root_bytes, self.names[i])
 
-    def candidates(self, i):
-        """i and, with skip_bad, the others of its class in turn: a function of i alone, the same on every process."""
-        yield i
-        if self.skip_bad:
-            same = np.flatnonzero(self.labels == self.labels[i])
-            yield from np.roll(same, -np.searchsorted(same, i))[1:]
-
     def load(self, i, size):
-        """-> uint8 (size,size,3)."""
-        for j in self.candidates(i):
+        """-> uint8 (size,size,3) of picture i or, with skip_bad, of the next one of its class that can be read: a function of i
+        alone, the same on every process."""
+        j = i
+        while True:
             try:
                 if j not in self.bad:
                     return load_image(self.path(j), size)
             except UserError as error:
                 if not self.skip_bad:
                     raise
-                _replaced.append(str(error))
-        raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
+                self.bad.add(j)
+                print(f"warning: {error}; another one of its class takes its place ({len(self.bad)} so far)", file=sys.stderr, flush=True)
+            same = [k for k in np.flatnonzero(self.labels == self.labels[i]) if k not in self.bad]
+            if not same:
+                raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
+            j = same[np.searchsorted(same, i) % len(same)]
 
     def stack(self, index, size):
         """Indices -> uint8 (b,3,size,size)."""
@@ -613,22 +611,6 @@ class Blocks(torch.utils.data.Dataset):
         return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
 
 
-class Told(torch.utils.data.Dataset):
-    """What a loader, another process, tells of item k of a dataset: the item or the UserError that it raised, and messages on
-    pictures that were replaced."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, k):
-        try:
-            item = self.dataset[k]
-        except UserError as error:
-            item = error
-        messages, _replaced[:] = _replaced[:], []
-        return item, messages
-
-
 def cores():
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()       # macOS has none
@@ -644,16 +626,16 @@ def batches(dataset, items, workers, device):
     """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
     if workers is None:
         workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = torch.utils.data.DataLoader(Told(dataset), batch_size=None, sampler=items, num_workers=workers,
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
                                          pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
                                          worker_init_fn=ignore_signals)
-    for batch, messages in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        for message in set(messages) - _told:
-            _told.add(message)
-            tqdm.write(f"warning: {message}; another one of its class takes its place ({len(_told)} so far)", file=sys.stderr)
-        yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    try:
+        for batch in loader:
+            yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return
+    except UserError as error:                              # another process's comes behind that process's traceback
+        message = str(error).strip().split("UserError: ")[-1]
+    raise UserError(message)                                # the first error would keep the loader's processes from ending
 
 
 def layout(device, precision="fp32"):

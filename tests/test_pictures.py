@@ -136,8 +136,9 @@ def test_a_class_without_any_good_picture_is_an_error(folder, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_files_that_vanish_while_training(folder, capsys, monkeypatch, workers):
-    """Stops the run with its name and keeps the checkpoint; with --skip-bad it goes on, counts, and says each file once."""
+def test_files_that_vanish_while_training(folder, capfd, monkeypatch, workers):
+    """Stops the run with its name and keeps the checkpoint; with --skip-bad it goes on, and every process that loads pictures
+    counts, and says each file once: the loader if there is one, and the process that draws samples/."""
     words = [*VAE, "--align", "none", "--gan", 0, "--data", folder, "--workers", workers]
     script(train_vae, *words, "--steps", 1)
     data = common.ImageSet(folder)
@@ -145,12 +146,12 @@ def test_files_that_vanish_while_training(folder, capsys, monkeypatch, workers):
         {k: v for k, v in vars(data).items() if k not in ("skip_bad", "check_data")}) or True)
     for name in ("03", "04"):
         os.remove(f"p/a/{name}.png")
-    message = refused(capsys, train_vae, *words, "--steps", 7)
+    message = refused(capfd, train_vae, *words, "--steps", 7)
     assert "cannot read the picture" in message and "p/a/0" in message and len(common.list_checkpoints("runs/vae")) == 1
-    monkeypatch.setattr(common, "_told", set())
     script(train_vae, *words, "--steps", 7, "--skip-bad")
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "takes its place" in line]
-    assert len(lines) == 2 and "(1 so far)" in lines[0] and "(2 so far)" in lines[1]
+    lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "takes its place" in line]
+    assert len(lines) == 2 * (1 + workers) and sum("(1 so far)" in line for line in lines) == 1 + workers
+    assert all(sum(f"p/a/{name}.png" in line for line in lines) == 1 + workers for name in ("03", "04"))
     assert models.load_vae("runs/vae").info["step"] == 7
 
 
