@@ -425,14 +425,12 @@ def check_picture(path, decode=False):
         with open_picture(path) as image:
             if image.mode == "F":
                 return "floating-point pixels have no known range"
-            size, kind = image.size, image.format
-            image.verify()                                  # a PNG's checksums
-        with open(path, "rb") as file:
-            file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
-            tail = file.read()
-        if kind == "PNG" and b"IEND" not in tail:
-            return "it is truncated"
-        if decode or kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail:       # cut, or with other data behind its end
+            size = image.size
+            if image.format in ("JPEG", "MPO"):             # one without its mark at the end is cut, or has other data behind it
+                image.fp.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
+                decode = decode or b"\xff\xd9" not in image.fp.read()
+            image.verify()                                  # a PNG's checksums, to its end
+        if decode:
             with open_picture(path) as image:
                 image.load()
         return size
@@ -566,9 +564,14 @@ class ImageSet:
         return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
 
 
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 class Batches(torch.utils.data.Dataset):
     """Item k is what this process sees in step k of the run: positions in the endless stream of samples, and the
-    pictures there. Position p is picture order(p // N)[p % N] of its epoch; a batch may span two epochs.
+    pictures there. Position p is picture epoch_order(p // N)[p % N]; a batch may span two epochs.
 
     Item: dict(position, index, flip, label: int64 (b,), image: uint8 (b,3,size,size) if `size`, and the arrays that
     `extra(index, flip)` adds)."""
@@ -576,18 +579,11 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, batch_size, seed, size=None, flip=True, extra=None):
         self.data, self.batch_size, self.seed, self.size, self.flip, self.extra = data, batch_size, seed, size, flip, extra
         self.rank, self.world = rank(), world()
-        self.epoch = self.order = None
 
     def __getitem__(self, step):
-        share = self.batch_size // self.world
+        share, count = self.batch_size // self.world, len(self.data)
         position = step * self.batch_size + self.rank * share + np.arange(share)
-        index = np.empty(share, dtype=np.int64)
-        for epoch in np.unique(position // len(self.data)):
-            if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = np.random.default_rng([self.seed, int(epoch)]).permutation(len(self.data))
-            here = position // len(self.data) == epoch
-            index[here] = self.order[position[here] % len(self.data)]
+        index = np.array([epoch_order(self.seed, p // count, count)[p % count] for p in position.tolist()])
         position = torch.from_numpy(position)
         flip = (uniform(self.seed, "flip", position) < 0.5) & self.flip
         batch = dict(position=position, index=torch.from_numpy(index), flip=flip,
