@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -393,12 +393,6 @@ def adm_crop(image, size):
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")        # whatever the name says; others may run programs
 
 
-def shown(path):
-    """A path for a message: on one line, whatever its name holds."""
-    path = os.fsdecode(path)
-    return path if path.isprintable() else ascii(path)
-
-
 def open_picture(path):
     """-> PIL image, its pixels not read yet. Decompression bombs, and strips that resizing would make one, are refused."""
     image = Image.open(path, formats=FORMATS)
@@ -414,7 +408,7 @@ def load_image(path, size):
         with open_picture(path) as image:
             return adm_crop(to_rgb(image), size)
     except Exception as error:                              # Pillow's decoders raise a dozen types
-        raise UserError(f"cannot read the picture {shown(path)}: {first_line(error)}") from None
+        raise UserError(f"cannot read the picture {os.fsdecode(path)!r}: {first_line(error)}") from None
 
 
 def check_picture(path, decode=False):
@@ -451,57 +445,44 @@ class ImageSet:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name one with --data, laid out as <class>/<picture> "
                             "(`python demo.py` makes a small one under runs/demo)")
-        self.root_bytes = os.fsencode(self.root)
-        name = hashlib.sha256(self.root_bytes).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
         self.cache = os.path.join("runs", "cache", f"files-{name}.npz")
         if rank() == 0 and not self.read_cache():
             self.scan()
-            self.write_cache()
         barrier()
         if rank() != 0 and not self.read_cache():
             self.scan()                                     # the cache could not be written
         if self.bad:
             say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read and others of their class take their places, the "
-                f"first for {shown(self.path(min(self.bad)))}")
+                f"first for {self.path(min(self.bad))!r}")
 
     def read_cache(self):
+        """Whether there is a list that still holds; then it is read."""
         try:
             with open_npz(self.cache) as file:
                 header = json.loads(str(file["header"]))
-                if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
-                    return False
                 self.names, self.labels, self.bad = file["names"], file["labels"], set(file["bad"].tolist())
-            self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
-            if not (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
-                    and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes)))):
-                return False
-            return header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
+            self.classes, self.fingerprint, self.smallest = (header[k] for k in ("classes", "fingerprint", "smallest"))
+            sound = (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
+                     and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes))))
+            fresh = all(os.stat(os.path.join(self.root, d)).st_mtime_ns == t for d, t in header["folders"].items())
+            return sound and fresh and header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
         except Exception:                                   # absent, damaged, or of another version: made again
             return False
 
-    def write_cache(self):
-        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
-                      decoded=self.check_data)
-        try:
-            with writing(self.cache) as file:
-                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
-                         bad=np.array(sorted(self.bad), np.int64))
-        except OSError as error:
-            say(f"note: the file list could not be kept in {self.cache} ({error})")
-
     def scan(self):
+        """Lists the files, checks them, and keeps the result."""
         def unreadable(error):
-            raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
-        self.folders, files = {}, []                        # every folder below root -> its modification time
-        for folder, inside, names in os.walk(self.root, followlinks=True, onerror=unreadable):
+            raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
+        folders, files = {}, []                             # every folder below root -> its modification time
+        for folder, _, names in os.walk(self.root, followlinks=True, onerror=unreadable):
             if os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{os.path.realpath(folder)}/"):
-                raise UserError(f"{shown(folder)} is a link to a folder that it is in itself; remove it")
-            inside.sort()
+                raise UserError(f"{folder!r} is a link to a folder that it is in itself; remove it")
             relative = os.path.relpath(folder, self.root)
-            self.folders[relative] = os.stat(folder).st_mtime_ns
+            folders[relative] = os.stat(folder).st_mtime_ns
             files += [os.path.normpath(os.path.join(relative, f)) for f in names if f.lower().endswith(IMAGE_TYPES)]
         files.sort()
-        subfolders = sorted(d for d in self.folders if d != "." and os.sep not in d)
+        subfolders = sorted(d for d in folders if d != "." and os.sep not in d)
         if not files:
             raise UserError(f"{self.root} has no pictures ({' '.join(IMAGE_TYPES)})")
         if set(subfolders) & {"train", "val", "test"} and len(subfolders) <= 3:
@@ -511,35 +492,36 @@ class ImageSet:
         empty = sorted(set(subfolders) - set(of))
         if empty:
             raise UserError(f"{len(empty)} class folder{'s' if empty[1:] else ''} without pictures, the first is "
-                            f"{shown(os.path.join(self.root, empty[0]))}; fill or remove it")
-        self.classes = sorted(set(of))
-        index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([index[name] for name in of], dtype=np.int64)
-        self.names = np.array([os.fsencode(f) for f in files])
+                            f"{os.path.join(self.root, empty[0])!r}; fill or remove it")
+        self.classes, self.labels = np.unique(of, return_inverse=True)
+        self.classes, self.names = self.classes.tolist(), np.array([os.fsencode(f) for f in files])
         paths = [os.path.join(self.root, f) for f in files]
         check = functools.partial(check_picture, decode=self.check_data)
-        with contextlib.ExitStack() as stack:
-            found = map(check, paths)
-            if len(paths) > (200 if self.check_data else 5000):
-                pool = stack.enter_context(ProcessPoolExecutor(min(16, cores())))
-                found = pool.map(check, paths, chunksize=50 if self.check_data else 500)
-            found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
-        self.bad = {i for i, why in enumerate(found) if isinstance(why, str)}
+        executor = ProcessPoolExecutor if len(paths) > 5000 else ThreadPoolExecutor        # processes take a while to begin
+        with executor(min(16, cores())) as pool:
+            found = list(tqdm(pool.map(check, paths, chunksize=100), "checking pictures", len(paths), disable=len(paths) < 5000,
+                              leave=False))
+        self.bad = {i for i, size in enumerate(found) if isinstance(size, str)}
         lost = sorted(set(of) - {name for i, name in enumerate(of) if i not in self.bad})
         if self.bad and (lost or not self.skip_bad):
             first = min(self.bad)
-            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {shown(paths[first])}: "
-                            f"{found[first]}; mend or remove it" + (f", {shown(lost[0])} has no other" if lost else
+            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {paths[first]!r}: "
+                            f"{found[first]}; mend or remove it" + (f", {lost[0]!r} has no other" if lost else
                                                                     " (training takes another instead with --skip-bad)"))
         self.smallest = min(min(size) for size in found if not isinstance(size, str))
         lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+        header = dict(folders=folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
+                      decoded=self.check_data)
+        with going_on(self.cache), writing(self.cache) as file:
+            np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
+                     bad=np.array(sorted(self.bad), np.int64))
 
     def __len__(self):
         return len(self.names)
 
     def path(self, i):
-        return os.path.join(self.root_bytes, self.names[i])
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def load(self, i, size):
         """-> uint8 (size,size,3) of picture i or, with skip_bad, of the next one of its class that can be read: a function of i
@@ -556,7 +538,7 @@ class ImageSet:
                 print(f"warning: {error}; another one of its class takes its place ({len(self.bad)} so far)", file=sys.stderr, flush=True)
             same = [k for k in np.flatnonzero(self.labels == self.labels[i]) if k not in self.bad]
             if not same:
-                raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
+                raise UserError(f"no picture of {os.path.join(self.root, self.classes[self.labels[i]])!r} can be read any more")
             j = same[np.searchsorted(same, i) % len(same)]
 
     def stack(self, index, size):
@@ -899,7 +881,7 @@ def going_on(path):
     try:
         yield
     except OSError as error:
-        say(f"warning: cannot write {path}: {error.strerror}; training goes on")
+        say(f"warning: cannot write {path}: {error.strerror}; going on without it")
 
 
 def write_json(path, value):
