@@ -233,18 +233,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return x * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else x
 
 
-def sync_batch_norms(module):
-    """Turns every BatchNorm2d of a module that several processes train into a SyncBatchNorm."""
-    if world() > 1:
-        for part in module.modules():
-            if type(part) is nn.BatchNorm2d:
-                part.__class__ = SyncBatchNorm
-    return module
-
-
 def parallel(module):
-    """A module that several processes train together, each on its share of a batch, or what torch.compile made of it."""
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True) if world() > 1 else module
+    """A module (or what torch.compile made of it) that several processes train together, each on its share of a batch."""
+    if world() == 1:
+        return module
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = SyncBatchNorm
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, on):

@@ -245,8 +245,8 @@ def build_networks(args, device, precision):
         disc = PatchDiscriminator()
         if args.init_disc:
             disc = published(args.init_disc).load_discriminator(args.init_disc).train()
-        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device, precision))
-    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device, precision))
+        disc.to(device, memory_format=common.layout(device, precision))
+    net = SendVAE(vae, mapper, not args.freeze).to(device, memory_format=common.layout(device, precision))
     return net, vfm, lpips, disc
 
 
