@@ -99,14 +99,14 @@ def vavae_loss(predicted, target, cos_margin=0.5, matrix_margin=0.25):
 class Projection(nn.Conv2d):
     """VA-VAE's in place of the mapper: latents (B,C,h,w) -> (B,N,D), linear, without noise."""
 
-    def forward(self, z, t=None, noise=None):
+    def forward(self, z, t, noise):
         return super().forward(z).flatten(2).mT
 
 
 def mapper_times(seed, position, kind):
-    """t (B,) of the noise that the mapper sees."""
+    """t (B,) of the noise that the mapper sees; without a kind 0: none."""
     t = uniform(seed, "mapper time", position)
-    return t if kind == "flow" else torch.full_like(t, 0.5)
+    return t if kind == "flow" else torch.full_like(t, 0.5 if kind else 0.0)
 
 
 def kl_loss(mean, logvar):
@@ -126,9 +126,9 @@ class SendVAE(nn.Module):
         super().__init__()
         self.vae, self.mapper, self.decode = vae, mapper, decode
 
-    def forward(self, x, noise, t=None, mapper_noise=None):
-        """Images (B,3,H,W), posterior noise (B,C,h,w), and the mapper's times (B,) and noise (B,C,h,w) or neither
-        -> reconstructions (B,3,H,W), mean, logvar (B,C,h,w), predicted tokens (B,N,D) or None without a mapper."""
+    def forward(self, x, noise, t, mapper_noise):
+        """Images (B,3,H,W), posterior noise (B,C,h,w), the mapper's times (B,) and noise (B,C,h,w) -> reconstructions
+        (B,3,H,W), mean, logvar (B,C,h,w), predicted tokens (B,N,D) or None without a mapper."""
         mean, logvar = self.vae.encode(x)
         z = self.vae.sample(mean, logvar, noise)
         tokens = self.mapper(z, t, mapper_noise) if self.mapper is not None else None
@@ -175,8 +175,8 @@ def validate(net, vfm, data, args, device, precision):
             y = common.to_uint8(net.vae.decode(mean)).float()
             if vfm is not None:
                 z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
-                t = mapper_times(1, position, args.noise_kind) if args.noise else None
-                tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]) if args.noise else None)
+                t = mapper_times(1, position, args.noise and args.noise_kind)
+                tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]))
                 sums[1] += align_loss(tokens, vfm(x)) * len(x)             # of either kind of alignment
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
         sums[0] += (10 * torch.log10(255 ** 2 / error)).sum()
@@ -278,10 +278,9 @@ def main():
     net, vfm, lpips, disc = build_networks(args, device, precision)
     vae, mapper = net.vae, net.mapper
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in
-             dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None}
-    say("model     " + ", ".join(f"{k} {v:.2f}M" for k, v in count.items()) + f"; latents {vae.channels}x"
-        f"{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
+    sizes = [f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in
+             dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None]
+    say(f"model     {', '.join(sizes)}; latents {vae.channels}x{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
     trained = nn.ModuleDict(dict(net=net) if disc is None else dict(net=net, disc=disc))
     groups = [dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()]       # clipped each by itself
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -319,6 +318,7 @@ def main():
     others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
     dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
+    shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
@@ -356,13 +356,10 @@ def main():
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
             x, position = common.from_uint8(batch["image"][part]), batch["position"][part]
-            shape = (vae.channels, vae.latent_size, vae.latent_size)
-            t = mapper_noise = None
-            if args.noise:
-                t = mapper_times(args.seed, position, args.noise_kind)
-                mapper_noise = normal(args.seed, "mapper noise", position, shape)
+            noise, mapper_noise = (normal(args.seed, name, position, shape) for name in ("posterior", "mapper noise"))
+            t = mapper_times(args.seed, position, args.noise and args.noise_kind)
             with common.autocast(device, precision), common.sync_gradients(forward, i == args.accum - 1):
-                y, mean, logvar, tokens = forward(x, normal(args.seed, "posterior", position, shape), t, mapper_noise)
+                y, mean, logvar, tokens = forward(x, noise, t, mapper_noise)
                 terms = {}
                 if mapper is not None:
                     with torch.no_grad():
