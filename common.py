@@ -166,6 +166,13 @@ def add_run_arguments(parser):
 
 def add_training_arguments(parser, out, batch_size, epochs, lr, ema, log_every, sample_every, save_every, fid, fid_ref):
     """The flags that mean the same in both training stages."""
+    g = parser.add_argument_group("pictures and vision model")
+    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
+    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
+    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch-size", type=positive, default=batch_size, help="global, pictures a step")
     g.add_argument("--accum", type=positive, default=1, help="forward passes a step; a batch norm sees one at a time")
@@ -195,9 +202,9 @@ def add_training_arguments(parser, out, batch_size, epochs, lr, ema, log_every, 
 
 
 # Of these, the flags that may change between a run and its resumption
-FREE = {"accum", "epochs", "steps", "grad_checkpoint", "out", "overwrite", "resume", "log_every", "sample_every", "save_every",
-        "keep_every", "max_bad_steps", "fid_every", "fid_num", "fid_ref", "inception_weights", "compile", "device", "timeout",
-        "workers"}
+FREE = {"check_data", "skip_bad", "vfm_weights", "accum", "epochs", "steps", "grad_checkpoint", "out", "overwrite", "resume",
+        "log_every", "sample_every", "save_every", "keep_every", "max_bad_steps", "fid_every", "fid_num", "fid_ref",
+        "inception_weights", "compile", "device", "timeout", "workers"}
 
 
 def share_batch(batch_size, accum):

@@ -28,15 +28,12 @@ from models import VFM, SiT, UserError, load_vae
 from sample import draw, set_labels
 
 # Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
-FREE = {"vae", "cache", "vfm_weights", "preview_n", "preview_steps", "preview_cfg", "check_data", "skip_bad"}
+FREE = {"vae", "cache", "preview_n", "preview_steps", "preview_cfg"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
-    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
-    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
+    g = p.add_argument_group("latents")
     g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
     g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
     g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
@@ -50,9 +47,6 @@ def parse_arguments(argv=None):
     g = p.add_argument_group("REPA")
     g.add_argument("--repa", type=float, default=0.5, help="weight; 0: no vision model")
     g.add_argument("--repa-block", type=int, default=8, help="block whose output is projected, from 1")
-    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
-    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g = p.add_argument_group("previews")
     g.add_argument("--preview-n", type=common.positive, default=8, help="pictures in each of a preview's 8 rows")
     g.add_argument("--preview-steps", type=common.positive, default=50, help="of the ODE sampler of previews and --fid-every")

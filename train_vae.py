@@ -25,16 +25,12 @@ from common import normal, say, uniform
 from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_vae, published
 
 # Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
-FREE = {"val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc", "probe_every", "probe_data",
-        "check_data", "skip_bad"}
+FREE = {"val", "val_images", "stats_images", "lpips_weights", "init", "init_disc", "probe_every", "probe_data"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
-    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
-    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--val", help="folder of held-out pictures: PSNR and alignment loss at every save")
     g.add_argument("--val-images", type=common.positive, default=2000, help="how many of them, the first of a fixed shuffle")
     g.add_argument("--resolution", type=common.positive, default=256, help="side of the square picture, pixels")
@@ -51,9 +47,6 @@ def parse_arguments(argv=None):
     g.add_argument("--align", choices=["mapper", "vavae", "none"], default="mapper", help="mapper: the paper's; vavae: VA-VAE's "
                    "linear projection of clean latents, loss with margins; none: no vision model")
     g.add_argument("--align-weight", type=float, default=1.0, help="lambda")
-    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
-    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0 is the paper's MLP-only ablation")
     g.add_argument("--mapper-width", type=int, help="width of its tokens (default: the vision model's)")
     g.add_argument("--mapper-hidden", type=int, default=2048, help="width of its MLP")
