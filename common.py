@@ -95,8 +95,7 @@ def setup(device=None, timeout=1800):
     with contextlib.suppress(OSError, AttributeError):      # glibc only: keep big tensors' pages between steps, see
         libc = ctypes.CDLL(None)                            # mallopt(3): M_MMAP_MAX = 0, M_TRIM_THRESHOLD, M_TOP_PAD
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-2, 64 * 2 ** 20)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -666,9 +665,8 @@ def open_npz(path):
     file = np.load(path, allow_pickle=False)
     for member in file.zip.infolist():
         with file.zip.open(member) as rows:
-            version = np.lib.format.read_magic(rows)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(rows)
+            np.lib.format.read_magic(rows)                  # other versions have long headers, and no array of ours or ADM's
+            shape, _, dtype = np.lib.format.read_array_header_1_0(rows)
             if dtype.hasobject:
                 raise ValueError(f"{member.filename} holds Python objects")
             if rows.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
@@ -679,11 +677,10 @@ def open_npz(path):
 def open_array(path, dtype, shape):
     """A memory map of an .npy file, to read and write. Its header and size must be what it was made with: np.load believes
     any header, and fills up with zeros what a cut file lacks."""
-    try:
+    found = None
+    with contextlib.suppress(Exception):                    # NumPy's header parser raises a dozen types
         array = np.load(path, mmap_mode="r")
         found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
-    except Exception:                                       # NumPy's header parser raises a dozen types
-        found = None
     if found != (dtype, shape, os.path.getsize(path), True):
         raise UserError(f"{path} is damaged; remove its folder and give the same command again")
     return np.load(path, mmap_mode="r+")
@@ -737,13 +734,12 @@ def lock(folder, wait=False):
         try:
             os.makedirs(folder, exist_ok=True)
             file = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)               # unlike flock's, not inherited by loaders
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
-                say(f"waiting for another process that writes into {folder}")
-                fcntl.lockf(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # unlike flock's, not inherited by loaders
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
+            say(f"waiting for another process that writes into {folder}")
+            fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}") from None
         for inside in (folder, os.path.join(folder, "checkpoints")):
