@@ -290,7 +290,8 @@ class Watch:
     together; one that hangs for longer than --timeout prints its stack and ends."""
 
     def __init__(self, timeout):
-        self.asked, self.timeout, self.group = False, timeout, None
+        self.asked = self.stop = False
+        self.timeout, self.group = timeout, None
 
         def note(number, frame):
             self.asked = True
@@ -298,18 +299,17 @@ class Watch:
         if world() > 1:                                     # on CPU tensors: a GPU need not be waited for
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
-    def stop(self):
-        """Before each step: whether any process was asked to stop."""
-        if self.group is None:
-            return self.asked
-        faulthandler.cancel_dump_traceback_later()
-        asked = torch.tensor(int(self.asked))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        return bool(asked)
-
     def begin_step(self):
         if self.group is not None:                          # later than the others' own time-out, which names this process
             faulthandler.dump_traceback_later(self.timeout + 5, exit=True)
+
+    def end_step(self):
+        """When a step's work is given out, before its results are waited for. stop: whether any process was asked to."""
+        asked = torch.tensor(int(self.asked))
+        if self.group is not None:
+            faulthandler.cancel_dump_traceback_later()
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        self.stop = bool(asked)
 
 
 def missing():

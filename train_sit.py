@@ -187,7 +187,6 @@ def main():
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(net, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        stop = watch.stop()
         due = log.every(args.save_every, step) and not guard.bad
         if step > start and log.every(args.log_every, step):
             log.line(step)
@@ -198,14 +197,14 @@ def main():
             log.pictures(step, pictures.split(args.preview_n))
         if log.every(args.fid_every, step):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
+        if due or watch.stop and not guard.bad:             # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, classes=data.classes,
                         vae_hash=args.vae_hash, vae_path=args.vae)
             state = {name: part.state_dict() for name, part in parts.items()}
             weights = {"sit.safetensors": ("sit", state["ema"], net.config, info),
                        "sit_raw.safetensors": ("sit", state["net"], net.config, info)}
             saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
-        if step == total or stop:
+        if step == total or watch.stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
@@ -233,6 +232,7 @@ def main():
                 ((flow + args.repa * repa) / args.accum).backward()
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
+        watch.end_step()
         losses[2] = guard.step(losses[:2])
         common.ema_update(ema, net, args.ema)
         log.add(step, losses, guard.bad)

@@ -315,7 +315,6 @@ def main():
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        stop = watch.stop()
         due = log.every(args.save_every, step) and not guard.bad
         if step > start and log.every(args.log_every, step):
             log.line(step)
@@ -331,12 +330,12 @@ def main():
             log.note(step, probe(ema.vae))
         if log.every(args.fid_every, step):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
-        if due or stop and step > start and not guard.bad:        # last, so that nothing of this step is missing after a resume
+        if due or watch.stop and not guard.bad:             # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, stats_images=stats_images if due else None)
             weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
             state = {name: part.state_dict() for name, part in parts.items()}
             saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
-        if step == total or stop:
+        if step == total or watch.stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
@@ -380,6 +379,7 @@ def main():
             losses[5] += loss.detach() / args.accum
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step, total)
+        watch.end_step()
         losses[6] = guard.step(losses[:6])
         common.ema_update(ema, net, args.ema)
         log.add(step, losses, guard.bad)
