@@ -979,11 +979,9 @@ def ema_update(ema, model, decay):
 
 def save_grid(path, rows):
     """Rows of as many pictures each, uint8 (n,3,H,W) -> one PNG. Pictures under 64 pixels are enlarged, sharp."""
-    from torchvision.utils import make_grid                 # takes a second to import
-    height = rows[0].shape[2]
-    canvas = make_grid(torch.cat([row.cpu() for row in rows]), nrow=len(rows[0]), pad_value=255).permute(1, 2, 0).numpy()
-    image = Image.fromarray(canvas)
-    if height < 64:
-        image = image.resize((image.width * (128 // height), image.height * (128 // height)), Image.NEAREST)
+    from torchvision.utils import save_image                # takes a second to import
+    x = torch.cat([row.cpu() for row in rows])
+    scale = 128 // x.shape[2] if x.shape[2] < 64 else 1
+    x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) / 255
     with writing(path) as file:
-        image.save(file, "PNG")
+        save_image(x, file, "png", nrow=len(rows[0]), padding=2 * scale, pad_value=1)

@@ -107,6 +107,18 @@ def test_uint8_and_back():
     assert y.min() == -1 and y.max() == 1 and torch.equal(common.to_uint8(y), x)
 
 
+def test_a_grid_shows_every_pixel(tmp_path):
+    """Pictures of 32 pixels are enlarged fourfold, on white."""
+    rows = torch.arange(2 * 3 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 3, 32, 32)
+    common.save_grid(str(tmp_path / "a.png"), rows)
+    x = np.asarray(Image.open(tmp_path / "a.png"))
+    assert x.shape == (2 * 136 + 8, 3 * 136 + 8, 3) and (x[:8] == 255).all() and (x[:, -8:] == 255).all()
+    for i in range(2):
+        for j in range(3):
+            cell = x[8 + 136 * i:136 * (i + 1), 8 + 136 * j:136 * (j + 1)]
+            assert np.array_equal(cell, np.repeat(np.repeat(rows[i, j].permute(1, 2, 0).numpy(), 4, 0), 4, 1))
+
+
 # ---- flow: velocity, score, samplers on a Gaussian, where all is known ------------------------------------------------
 
 MU, A = torch.tensor([0.7, -0.4]).double(), torch.tensor([[0.9, 0.2], [0.2, 0.5]]).double()       # data ~ N(MU, A)
