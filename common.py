@@ -271,7 +271,8 @@ class Guard:
 
     def step(self, losses):
         """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor."""
-        norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses) for group in self.optimizer.param_groups])
+        norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses)
+                             for group in self.optimizer.param_groups])
         finite = torch.isfinite(torch.cat([losses, norms])).all().float()
         if world() > 1:                                     # a loss is not finite on one process: all must skip the step
             dist.all_reduce(finite, dist.ReduceOp.MIN)
@@ -422,7 +423,7 @@ def check_picture(path, decode=False):
             if image.mode == "F":
                 return "floating-point pixels have no known range"
             size = image.size
-            if image.format in ("JPEG", "MPO"):             # one without its mark at the end is cut, or has other data behind it
+            if image.format in ("JPEG", "MPO"):             # without its mark at the end it is cut, or followed by other data
                 image.fp.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
                 decode = decode or b"\xff\xd9" not in image.fp.read()
             image.verify()                                  # a PNG's checksums, to its end
@@ -537,7 +538,8 @@ class ImageSet:
                 if not self.skip_bad:
                     raise
                 self.bad.add(j)
-                print(f"warning: {error}; another one of its class takes its place ({len(self.bad)} so far)", file=sys.stderr, flush=True)
+                print(f"warning: {error}; another one of its class takes its place ({len(self.bad)} so far)", file=sys.stderr,
+                      flush=True)
             same = [k for k in np.flatnonzero(self.labels == self.labels[i]) if k not in self.bad]
             if not same:
                 raise UserError(f"no picture of {os.path.join(self.root, self.classes[self.labels[i]])!r} can be read any more")
@@ -922,10 +924,10 @@ class RunLog:
         """losses (n,) of a step. The last of `bad` bad ones in a row counts nowhere, and raises if they are more than
         --max-bad-steps or it is the run's last."""
         if bad > self.args.max_bad_steps or bad and step + 1 == self.total:
-            terms = [name for name, value in zip(self.names, losses.tolist()) if not math.isfinite(value)] or ["on another process"]
-            raise UserError(f"{bad} steps in a row, the last one {step}, were not finite ({', '.join(terms)}) and did not enter the "
-                            f"weights; the last good checkpoint is {(list_checkpoints(self.args.out) or ['none yet'])[-1]}; lower "
-                            "--lr, or try --precision fp32")
+            terms = [name for name, x in zip(self.names, losses.tolist()) if not math.isfinite(x)] or ["on another process"]
+            last = (list_checkpoints(self.args.out) or ["none yet"])[-1]
+            raise UserError(f"{bad} steps in a row, the last one {step}, were not finite ({', '.join(terms)}) and did not enter "
+                            f"the weights; the last good checkpoint is {last}; lower --lr, or try --precision fp32")
         self.running[-2 if bad else -1] += 1
         if not bad:
             self.running[:-2] += losses

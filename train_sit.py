@@ -238,7 +238,8 @@ def main():
         log.add(step, losses, guard.bad)
         # --------------------------------------------------------------------------------------------------------------
     saver.close()
-    log.close(step, f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
+    log.close(step, f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; "
+                    f"pictures: python sample.py --sit {args.out}")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def main():
              dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None]
     say(f"model     {', '.join(sizes)}; latents {vae.channels}x{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
     trained = nn.ModuleDict(dict(net=net) if disc is None else dict(net=net, disc=disc))
-    groups = [dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()]       # clipped each by itself
+    groups = [dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()]     # clipped one by one
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
     parts = dict(trained, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
