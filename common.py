@@ -575,9 +575,8 @@ class Batches(torch.utils.data.Dataset):
         batch = dict(position=position, index=torch.from_numpy(index), flip=flip,
                      label=torch.from_numpy(self.data.labels[index]))
         if self.size:
-            pictures = np.stack([self.data.load(i, self.size) for i in index])              # (b,S,S,3)
-            pictures[flip.numpy()] = pictures[flip.numpy()][:, :, ::-1]
-            batch["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            image = self.data.stack(index, self.size)
+            batch["image"] = torch.where(flip.view(-1, 1, 1, 1), image.flip(3), image)
         if self.extra:
             batch.update(self.extra(index, flip.numpy()))
         return batch
