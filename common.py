@@ -790,14 +790,13 @@ class Saver:
 
 
 def save_checkpoint(folder, step, state, keep_every=0):
-    """The whole training state -> folder/checkpoints/<step>.pt, read back before older ones go. The last two are kept, and
-    those of every `keep_every` steps."""
-    path = os.path.join(folder, "checkpoints", f"{step:09d}.pt")
-    with writing(path) as file:
+    """The whole training state -> folder/checkpoints/<step>.pt, checked by reading it back before it gets this name. The
+    last two are kept, and those of every `keep_every` steps."""
+    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
         torch.save(state, file)
-    if not intact(path):
-        os.remove(path)
-        raise OSError("what was read back differs from what was written: the disk may be failing")
+        file.flush()
+        if not intact(file.name):
+            raise OSError("what was read back differs from what was written: the disk may be failing")
     for old in list_checkpoints(folder)[:-2]:
         if not keep_every or int(os.path.basename(old)[:-3]) % keep_every:
             os.remove(old)
