@@ -262,28 +262,46 @@ def learning_rate(args, step, total):
 
 class Guard:
     """Steps an optimiser; a step whose losses or gradient norms (one a group of parameters) are not finite changes neither
-    weights nor the statistics of batch norms. bad: number of such steps in a row until now."""
+    weights nor the statistics of batch norms. It is counted on the device: nothing waits for it."""
 
     def __init__(self, module, optimizer, limit):
-        self.optimizer, self.limit, self.bad = optimizer, limit, 0
+        self.optimizer, self.limit = optimizer, limit
         self.statistics = [b for m in module.modules() if isinstance(m, nn.BatchNorm2d) for b in (m.running_mean, m.running_var)]
         self.good = [b.clone() for b in self.statistics]
+        self.row = self.most = self.last = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
 
-    def step(self, losses):
-        """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor."""
+    def step(self, losses, step):
+        """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor.
+        finite: whether the step counts; row, most: bad steps in a row until now, and ever; last: number, losses and norm of
+        the last bad one."""
         norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses)
                              for group in self.optimizer.param_groups])
         finite = torch.isfinite(torch.cat([losses, norms])).all().float()
         if world() > 1:                                     # a loss is not finite on one process: all must skip the step
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self.bad = 0 if finite else self.bad + 1
-        if not self.bad:
-            self.optimizer.step()
+        self.optimizer.found_inf = 1 - finite               # read by the fused kernels, as torch.amp.GradScaler sets it
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        right, other = (self.good, self.statistics) if self.bad else (self.statistics, self.good)
-        for a, b in zip(other, right):
-            a.copy_(b)
+        self.finite = finite.bool()
+        for statistic, good in zip(self.statistics, self.good):
+            good.copy_(torch.where(self.finite, statistic, good))
+            statistic.copy_(good)
+        self.row = (self.row + 1) * (1 - finite)
+        self.most = torch.maximum(self.most, self.row)
+        self.last = torch.where(self.finite, self.last, torch.cat([losses.new_full((1,), step), losses, norms[:1]]))
         return norms[0]
+
+    def look(self, args, names, final):
+        """Whether the last step was bad. Raises if more than --max-bad-steps in a row ever were, or the `final` step was."""
+        row, most = int(self.row), int(self.most)
+        if most > args.max_bad_steps or final and row:
+            step, *values = self.last.tolist()
+            terms = [k for k, v in zip(names, values) if not math.isfinite(v)] or ["on another process"]
+            good = (list_checkpoints(args.out) or ["none yet"])[-1]
+            raise UserError(f"{most if most > args.max_bad_steps else row} steps in a row, the last one {step:.0f}, were not finite "
+                            f"({', '.join(terms)}) and did not enter the weights; the last good checkpoint is {good}; lower --lr, "
+                            "or try --precision fp32")
+        return row > 0
 
 
 class Watch:
@@ -918,28 +936,22 @@ class RunLog:
         """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
         return n > 0 and (step == self.total or step % n == 0 and step > self.start)
 
-    def add(self, step, losses, bad):
-        """losses (n,) of a step. The last of `bad` bad ones in a row counts nowhere, and raises if they are more than
-        --max-bad-steps or it is the run's last."""
-        if bad > self.args.max_bad_steps or bad and step + 1 == self.total:
-            terms = [name for name, x in zip(self.names, losses.tolist()) if not math.isfinite(x)] or ["on another process"]
-            last = (list_checkpoints(self.args.out) or ["none yet"])[-1]
-            raise UserError(f"{bad} steps in a row, the last one {step}, were not finite ({', '.join(terms)}) and did not enter "
-                            f"the weights; the last good checkpoint is {last}; lower --lr, or try --precision fp32")
-        self.running[-2 if bad else -1] += 1
-        if not bad:
-            self.running[:-2] += losses
+    def add(self, losses, good):
+        """losses (n,) of one step, and whether it counts, on the device: nothing waits for them."""
+        self.running[:-2] += torch.where(good, losses, 0)
+        self.running[-2] += ~good
+        self.running[-1] += good
         self.bar.update()
 
-    def line(self, step):
-        """Writes the means of the losses in use since the last line, over all processes."""
+    def line(self, step, active):
+        """Writes the means of the losses named in `active` since the last line, over all processes."""
         *sums, bad, good = gather_mean(self.running.clone()).tolist()
         self.running.zero_()
         now = time.time()
         rate = (step - self.last_step) * self.args.batch_size / max(now - self.last_time, 1e-9)
         self.last_time, self.last_step = now, step
         if self.main:
-            values = {k: v / good for k, v in zip(self.names, sums) if v}
+            values = {k: v / good for k, v in zip(self.names, sums) if k in active and good}
             if bad:
                 values["bad_steps"] = round(bad)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)

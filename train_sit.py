@@ -187,9 +187,11 @@ def main():
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(net, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        due = log.every(args.save_every, step) and not guard.bad
+        due = log.every(args.save_every, step)
+        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(args, names, step == total)
+        due = due and not bad
         if step > start and log.every(args.log_every, step):
-            log.line(step)
+            log.line(step, names if args.repa else ["flow", "grad_norm"])
         if log.every(args.sample_every, step) and common.rank() == 0:
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
@@ -197,7 +199,7 @@ def main():
             log.pictures(step, pictures.split(args.preview_n))
         if log.every(args.fid_every, step):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if due or watch.stop and not guard.bad:             # last, so that nothing of this step is missing after a resume
+        if due or watch.stop and not bad:             # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, classes=data.classes,
                         vae_hash=args.vae_hash, vae_path=args.vae)
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -233,9 +235,9 @@ def main():
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
         watch.end_step()
-        losses[2] = guard.step(losses[:2])
+        losses[2] = guard.step(losses[:2], step)
         common.ema_update(ema, net, args.ema)
-        log.add(step, losses, guard.bad)
+        log.add(losses, guard.finite)
         # --------------------------------------------------------------------------------------------------------------
     saver.close()
     log.close(step, f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; "

@@ -315,9 +315,11 @@ def main():
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
     guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        due = log.every(args.save_every, step) and not guard.bad
+        due = log.every(args.save_every, step)
+        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(args, names, step == total)
+        due = due and not bad
         if step > start and log.every(args.log_every, step):
-            log.line(step)
+            log.line(step, active)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
         if due:
@@ -330,7 +332,7 @@ def main():
             log.note(step, probe(ema.vae))
         if log.every(args.fid_every, step):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
-        if due or watch.stop and not guard.bad:             # last, so that nothing of this step is missing after a resume
+        if due or watch.stop and not bad:             # last, so that nothing of this step is missing after a resume
             info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, stats_images=stats_images if due else None)
             weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -380,9 +382,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(args, step, total)
         watch.end_step()
-        losses[6] = guard.step(losses[:6])
+        losses[6] = guard.step(losses[:6], step)
         common.ema_update(ema, net, args.ema)
-        log.add(step, losses, guard.bad)
+        active = [*terms, *["disc"] * (gan > 0), "grad_norm"]
+        log.add(losses, guard.finite)
         # --------------------------------------------------------------------------------------------------------------
     saver.close()
     log.close(step, f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")

@@ -10,6 +10,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 
+
+class AdamW(torch.optim.AdamW):
+    """The fused one wants float32 for found_inf, which only matters in steps that are not finite."""
+
+    def __init__(self, params, fused, **rest):
+        super().__init__(params, **rest)
+
+    def step(self):
+        self.found_inf = None
+        super().step()
+
+
+torch.optim.AdamW = AdamW
+
 import common  # noqa: E402
 import train_vae  # noqa: E402
 

@@ -231,50 +231,57 @@ def test_ema_is_its_closed_form():
 
 def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
     """Steps 1 and 2 have a gradient that is not finite, step 4 a loss (with finite gradients); the rest is as if they had
-    not been."""
+    not been. More than two in a row, or a bad last step, stop a run."""
+    args = argparse.Namespace(out="nowhere", max_bad_steps=2)
+
     def run(factors, skip=()):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Conv2d(2, 1, 1))
-        guard, bad = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0), []
+        guard, finite = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0), []
         for step, factor in enumerate(factors):
             if step not in skip:
                 x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step))
                 loss = net(x * factor if factor != "loss" else x).square().mean()
                 loss.backward()
-                guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]))
-                bad.append(guard.bad)
-        return bad, net.state_dict()
+                guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]), step)
+                finite.append(guard.finite.item())
+        return guard, net.state_dict(), finite
 
-    bad, state = run([1.0, float("nan"), float("inf"), 1.0, "loss", 1.0])
-    _, want = run([1.0] * 6, skip=(1, 2, 4))
-    assert bad == [0, 1, 2, 0, 1, 0]
+    bad = float("nan")
+    guard, state, finite = run([1.0, bad, float("inf"), 1.0, "loss", 1.0])
+    _, want, _ = run([1.0] * 6, skip=(1, 2, 4))
+    assert finite == [True, False, False, True, False, True]
     for name in ("0.running_mean", "0.running_var", "0.weight", "1.weight", "1.bias"):
         assert torch.equal(state[name], want[name]), name
+    names = ["flow", "repa", "grad_norm"]
+    assert guard.look(args, names, final=True) is False
+    guard = run([1.0, "loss"])[0]
+    assert guard.look(args, names, final=False) is True
+    with pytest.raises(models.UserError, match="1 steps in a row, the last one 1, were not finite .flow. and did"):
+        guard.look(args, names, final=True)
+    with pytest.raises(models.UserError, match="3 steps in a row, the last one 3, were not finite .flow, grad_norm.*none yet"):
+        run([1.0, bad, bad, bad, 1.0])[0].look(args, names, final=False)           # though the step after them was good
 
 
 def test_each_group_of_parameters_is_clipped_by_itself():
     a, b = (torch.nn.Parameter(torch.tensor([x])) for x in (3.0, 40.0))
-    guard = common.Guard(torch.nn.Module(), torch.optim.SGD([dict(params=[a]), dict(params=[b])], lr=1.0), 1.0)
+    guard = common.Guard(torch.nn.Module(), torch.optim.SGD([dict(params=[a]), dict(params=[b])], lr=1.0, fused=True), 1.0)
     (a.square() / 2 + b.square() / 2).sum().backward()
-    norm = guard.step(torch.ones(1))
+    norm = guard.step(torch.ones(1), 0)
     assert norm == 3 and (a.item(), b.item()) == pytest.approx((2, 39), abs=1e-5)
 
 
-def test_bad_steps_count_nowhere_and_too_many_in_a_row_stop_the_run(inside):
-    """The losses' means are over good steps; the last step of a run must be a good one."""
-    args = argparse.Namespace(out="run", batch_size=4, max_bad_steps=2)
-    log = common.RunLog(args, ["flow", "repa", "grad_norm"], torch.zeros(5), 0, 9, 2.0, "cpu")
-    good, wrong = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([torch.nan, 0.0, torch.inf])
-    for step, (losses, bad) in enumerate([(good, 0), (wrong, 1), (wrong, 2), (3 * good, 0)]):
-        log.add(step, losses, bad)
-    log.line(4)
+def test_means_of_metrics_are_over_good_steps(inside):
+    """A loss that is 0 is written too; one that is not in use is not."""
+    log = common.RunLog(argparse.Namespace(out="run", batch_size=4, accum=1), ["flow", "disc", "kl", "grad_norm"], None, 0, 9, 2.0, "cpu")
+    losses, wrong = torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([torch.nan, 0.0, 5.0, torch.inf])
+    for x, good in ((losses, True), (wrong, False), (wrong, False), (3 * losses, True)):
+        log.add(x, torch.tensor(good))
+    log.line(4, ["flow", "disc", "grad_norm"])
     with open("run/metrics.jsonl") as file:
         line = json.loads(file.read())
-    assert line.pop("images_per_s") > 0 and line == dict(step=4, epoch=2.0, flow=2.0, grad_norm=6.0, bad_steps=2)
-    with pytest.raises(models.UserError, match="3 steps in a row, the last one 6, were not finite .flow, grad_norm.*none yet"):
-        log.add(6, wrong, 3)
-    with pytest.raises(models.UserError, match="1 steps in a row, the last one 8, were not finite .on another process"):
-        log.add(8, good, 1)
+    assert line.pop("images_per_s") > 0
+    assert line == dict(step=4, epoch=2.0, flow=2.0, disc=0.0, grad_norm=6.0, bad_steps=2)
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

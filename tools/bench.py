@@ -68,7 +68,7 @@ def plain_ema(ema, model, decay):
         a.copy_(b)
 
 
-def plain_update(guard, losses):
+def plain_update(guard, losses, step):
     total = torch.nn.utils.clip_grad_norm_(guard.optimizer.param_groups[0]["params"], guard.limit)
     guard.optimizer.step()
     guard.optimizer.zero_grad(set_to_none=True)
@@ -159,7 +159,7 @@ def sit_training(m, size, batch, repa, vfm_dim=768, **shape):
             else:
                 loss = F.mse_loss(forward(x_t, t, y), v)
             loss.backward()
-        gradient = guard.step(loss.detach()[None])
+        gradient = guard.step(loss.detach()[None], 0)
         common.ema_update(ema, net, 0.9999)
         return loss.detach(), gradient
     return step, batch
@@ -207,12 +207,12 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
                 disc.requires_grad_(True)
             loss = sum(WEIGHTS[k] * part for k, part in parts.items())
             loss.backward()
-        gradient = guard.step(loss.detach()[None])
+        gradient = guard.step(loss.detach()[None], 0)
         if disc is not None:
             with common.autocast(m.device, m.precision):
                 critic_loss = train_vae.hinge_loss(critic(x), critic(y.detach()))
                 critic_loss.backward()
-            critic_guard.step(critic_loss.detach()[None])
+            critic_guard.step(critic_loss.detach()[None], 0)
         common.ema_update(ema, net, 0.999)
         return loss.detach(), gradient
     return step, batch
