@@ -621,20 +621,25 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def answer(dataset, k):
+    """dataset[k], or the UserError that it raises: torch's own way to hand on an error keeps loaders from ending."""
+    try:
+        return dataset[k]
+    except UserError as error:
+        return error
+
+
 def batches(dataset, items, workers, device):
     """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
     if workers is None:
         workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=items, num_workers=workers,
-                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-                                         worker_init_fn=ignore_signals)
-    try:
-        for batch in loader:
-            yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        return
-    except UserError as error:                              # another process's comes behind that process's traceback
-        message = str(error).strip().split("UserError: ")[-1]
-    raise UserError(message)                                # the first error would keep the loader's processes from ending
+    loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=functools.partial(answer, dataset),
+                                         num_workers=workers, worker_init_fn=ignore_signals,
+                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def layout(device, precision="fp32"):

@@ -259,15 +259,18 @@ def test_bad_picture_is_named(kind, inside, pictures, capsys):
     assert path.replace("/", os.sep) in refused(capsys, train_vae, *VAE, "--data", "p", "--align", "none", "--gan", 0)
 
 
-def test_picture_damaged_in_the_middle_stops_the_run_and_keeps_checkpoints(inside, pictures, capsys):
-    """Its head and tail are whole, so only training finds it; workers must hand the sentence on."""
+def test_picture_damaged_in_the_middle_stops_the_run_and_keeps_checkpoints(inside, pictures):
+    """Its head and tail are whole, so only training finds it; workers must hand the sentence on, and must end."""
     shutil.copytree(pictures, "p")
     words = [*VAE, "--data", "p", "--align", "none", "--gan", 0, "--workers", 1]
-    script(train_vae, *words, "--steps", 2)
+    torchrun(1, "train_vae", *words, "--steps", 2, cwd=inside)       # in a process of its own, as it holds the folder's lock
     data = bytearray(open("p/b/03.png", "rb").read())
     data[100:-20] = b"\xff" * (len(data) - 120)
     open("p/b/03.png", "wb").write(data)
-    assert "03.png" in refused(capsys, train_vae, *words, "--steps", 9, "--epochs", 3)
+    words = [sys.executable, os.path.join(ROOT, "train_vae.py"), *words, "--steps", 9]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: cannot read the picture" in done.stderr and "03.png" in done.stderr
+    assert "Traceback" not in done.stderr
     assert len(common.list_checkpoints("runs/vae")) == 1 and models.load_vae("runs/vae").info["step"] == 2
 
 
