@@ -213,11 +213,15 @@ def share_batch(batch_size, accum):
     return batch_size // (world() * accum)
 
 
-def gather_mean(values):
-    """Mean over the processes of a tensor, in place."""
+def gather_sum(values):
+    """Sum over the processes of a tensor, in place."""
     if world() > 1:
         dist.all_reduce(values)
-    return values.div_(world())
+    return values
+
+
+def gather_mean(values):
+    return gather_sum(values).div_(world())
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -152,7 +152,7 @@ def latent_statistics(vae, data, size, count, args, device, precision):
         mean, var = mean.double(), logvar.double().exp()
         sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + var).sum((0, 2, 3)),
                              torch.full_like(sums[0], mean[:, 0].numel())])
-    common.gather_mean(sums)
+    sums = common.gather_sum(sums)
     mean = sums[0] / sums[2]
     return mean.float(), (sums[1] / sums[2] - mean.square()).clamp(min=1e-12).sqrt().float()
 
@@ -174,7 +174,7 @@ def validate(net, vfm, data, args, device, precision):
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
         sums[0] += (10 * torch.log10(255 ** 2 / error)).sum()
         sums[2] += len(x)
-    psnr, align, count = common.gather_mean(sums).tolist()
+    psnr, align, count = common.gather_sum(sums).tolist()
     return dict(val_psnr=psnr / count) if vfm is None else dict(val_psnr=psnr / count, val_align=align / count)
 
 
