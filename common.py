@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,13 +25,15 @@ import threading
 import time
 import uuid
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from models import UserError, content_hash, first_line, intact, reading, state_hash
@@ -94,8 +97,7 @@ def setup(device=None, timeout=1800):
     with contextlib.suppress(OSError, AttributeError):      # glibc only: keep big tensors' pages between steps, see
         libc = ctypes.CDLL(None)                            # mallopt(3): M_MMAP_MAX = 0, M_TRIM_THRESHOLD, M_TOP_PAD
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-2, 64 * 2 ** 20)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -165,6 +167,13 @@ def add_run_arguments(parser):
 
 def add_training_arguments(parser, out, batch_size, epochs, lr, ema, log_every, sample_every, save_every, fid, fid_ref):
     """The flags that mean the same in both training stages."""
+    g = parser.add_argument_group("pictures and vision model")
+    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
+    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
+    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
+    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch-size", type=positive, default=batch_size, help="global, pictures a step")
     g.add_argument("--accum", type=positive, default=1, help="forward passes a step; a batch norm sees one at a time")
@@ -194,9 +203,9 @@ def add_training_arguments(parser, out, batch_size, epochs, lr, ema, log_every, 
 
 
 # Of these, the flags that may change between a run and its resumption
-FREE = {"accum", "epochs", "steps", "grad_checkpoint", "out", "overwrite", "resume", "log_every", "sample_every", "save_every",
-        "keep_every", "max_bad_steps", "fid_every", "fid_num", "fid_ref", "inception_weights", "compile", "device", "timeout",
-        "workers"}
+FREE = {"check_data", "skip_bad", "vfm_weights", "accum", "epochs", "steps", "grad_checkpoint", "out", "overwrite", "resume",
+        "log_every", "sample_every", "save_every", "keep_every", "max_bad_steps", "fid_every", "fid_num", "fid_ref",
+        "inception_weights", "compile", "device", "timeout", "workers"}
 
 
 def share_batch(batch_size, accum):
@@ -236,13 +245,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return x * self.weight[:, None, None] + self.bias[:, None, None] if self.affine else x
 
 
-def sync_batch_norms(module):
-    """Turns every BatchNorm2d of a module that several processes train into a SyncBatchNorm."""
-    if world() > 1:
-        for part in module.modules():
-            if type(part) is nn.BatchNorm2d:
-                part.__class__ = SyncBatchNorm
-    return module
+def parallel(module):
+    """A module (or what torch.compile made of it) that several processes train together, each on its share of a batch."""
+    if world() == 1:
+        return module
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = SyncBatchNorm
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, on):
@@ -257,58 +267,47 @@ def learning_rate(args, step, total):
 
 
 class Guard:
-    """Steps an optimiser; a step whose losses or gradient norm are not finite changes neither weights nor the statistics of
-    batch norms. It is counted on the device: nothing waits for it."""
+    """Steps an optimiser; a step whose losses or gradient norms (one a group of parameters) are not finite changes neither
+    weights nor the statistics of batch norms. It is counted on the device: nothing waits for it."""
 
     def __init__(self, module, optimizer, limit):
         self.optimizer, self.limit = optimizer, limit
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.statistics = [b for m in module.modules() if isinstance(m, nn.BatchNorm2d) for b in (m.running_mean, m.running_var)]
         self.good = [b.clone() for b in self.statistics]
-        # bad steps: in a row until now, most in a row and how many since the last look, number of the last one
-        self.bad = torch.zeros(4, dtype=torch.long, device=self.params[0].device)
-        self.bad_losses = None
+        self.row = self.most = self.last = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
 
     def step(self, losses, step):
-        """Clips the gradient norm, steps and clears; losses (n,) -> the norm before clipping, a tensor."""
-        norm = nn.utils.clip_grad_norm_(self.params, self.limit)
-        finite = (torch.isfinite(norm) & torch.isfinite(losses).all()).long()
+        """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor.
+        finite: whether the step counts; row, most: bad steps in a row until now, and ever; last: number, losses and norm of
+        the last bad one."""
+        norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses)
+                             for group in self.optimizer.param_groups])
+        finite = torch.isfinite(torch.cat([losses, norms])).all().float()
         if world() > 1:                                     # a loss is not finite on one process: all must skip the step
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self.optimizer.found_inf = 1 - finite.float()       # read by the fused kernels, as torch.amp.GradScaler sets it
+        self.optimizer.found_inf = 1 - finite               # read by the fused kernels, as torch.amp.GradScaler sets it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.finite = finite.bool()
         for statistic, good in zip(self.statistics, self.good):
-            good.copy_(torch.where(finite.bool(), statistic, good))
+            good.copy_(torch.where(self.finite, statistic, good))
             statistic.copy_(good)
-        row, most, count, last = self.bad.unbind()
-        row = (row + 1) * (1 - finite)
-        self.bad = torch.stack([row, torch.maximum(most, row), count + 1 - finite, torch.where(finite.bool(), last, step)])
-        losses = torch.cat([losses, norm[None]])
-        self.bad_losses = losses if self.bad_losses is None else torch.where(finite.bool(), self.bad_losses, losses)
-        return norm
+        self.row = (self.row + 1) * (1 - finite)
+        self.most = torch.maximum(self.most, self.row)
+        self.last = torch.where(self.finite, self.last, torch.cat([losses.new_full((1,), step), losses, norms[:1]]))
+        return norms[0]
 
-    def look(self, names, limit, folder, final=False):
-        """-> number of bad steps since the last look, and whether the last step was one. Raises after more than `limit` in a
-        row, and where the `final` step is bad, with its number, the terms that were not finite (names of the losses), and the
-        last good checkpoint."""
-        row, most, count, last = self.bad.tolist()
-        if most > limit or final and row:
-            values = zip([*names, "gradient norm"], self.bad_losses.tolist())
-            terms = [name for name, value in values if not math.isfinite(value)] or ["on another process"]
-            raise UserError(f"{max(row, most)} steps in a row, the last one {last}, were not finite ({', '.join(terms)}) and did not "
-                            f"enter the weights; the last good checkpoint is {(list_checkpoints(folder) or ['none yet'])[-1]}; "
-                            "lower --lr, or try --precision fp32")
-        self.bad[1:3] = 0
-        return count, row > 0
-
-    def state_dict(self):
-        return self.bad
-
-    def load_state_dict(self, bad):
-        """After the module's own: the good statistics are the loaded ones."""
-        self.bad.copy_(bad)
-        self.good = [b.clone() for b in self.statistics]
+    def look(self, args, names, final):
+        """Whether the last step was bad. Raises if more than --max-bad-steps in a row ever were, or the `final` step was."""
+        row, most = int(self.row), int(self.most)
+        if most > args.max_bad_steps or final and row:
+            step, *values = self.last.tolist()
+            terms = [k for k, v in zip(names, values) if not math.isfinite(v)] or ["on another process"]
+            good = (list_checkpoints(args.out) or ["none yet"])[-1]
+            raise UserError(f"{most if most > args.max_bad_steps else row} steps in a row, the last one {step:.0f}, were not finite "
+                            f"({', '.join(terms)}) and did not enter the weights; the last good checkpoint is {good}; lower --lr, "
+                            "or try --precision fp32")
+        return row > 0
 
 
 class Watch:
@@ -316,26 +315,26 @@ class Watch:
     together; one that hangs for longer than --timeout prints its stack and ends."""
 
     def __init__(self, timeout):
-        self.asked, self.timeout, self.group = False, timeout, None
+        self.asked = self.stop = False
+        self.timeout, self.group = timeout, None
 
-        def note(name):
+        def note(number, frame):
             self.asked = True
         at_signal(note)
         if world() > 1:                                     # on CPU tensors: a GPU need not be waited for
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
-    def stop(self):
-        """Before each step: whether any process was asked to stop."""
-        if self.group is None:
-            return self.asked
-        faulthandler.cancel_dump_traceback_later()
-        asked = torch.tensor(int(self.asked))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        return bool(asked)
-
     def begin_step(self):
         if self.group is not None:                          # later than the others' own time-out, which names this process
             faulthandler.dump_traceback_later(self.timeout + 5, exit=True)
+
+    def end_step(self):
+        """When a step's work is given out, before its results are waited for. stop: whether any process was asked to."""
+        asked = torch.tensor(int(self.asked))
+        if self.group is not None:
+            faulthandler.cancel_dump_traceback_later()
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        self.stop = bool(asked)
 
 
 def missing():
@@ -349,20 +348,15 @@ def missing():
 
 
 def at_signal(function):
-    """A scheduler's SIGTERM or SIGUSR1 to this process calls function(the signal's name)."""
-    main = os.getpid()
-
-    def handler(number, frame):
-        if os.getpid() == main:                             # forked loader processes inherit it
-            function(signal.Signals(number).name)
+    """A scheduler's SIGTERM or SIGUSR1 to this process calls function(number, frame)."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, handler)
+        signal.signal(number, function)
 
 
 def stop_at_signal():
     """For work in blocks that are kept when done: a scheduler's signal ends the process at once, with exit code 0."""
-    def leave(name):
-        print(f"stopped by {name}; the same command goes on with what is left", flush=True)
+    def leave(number, frame):
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on with what is left", flush=True)
         sys.exit(0)
     at_signal(leave)
 
@@ -424,13 +418,6 @@ def adm_crop(image, size):
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")        # whatever the name says; others may run programs
-_replaced, _told = [], set()                                # what --skip-bad passed by in this process; what the user was told
-
-
-def shown(path):
-    """A path for a message: on one line, whatever its name holds."""
-    path = os.fsdecode(path)
-    return path if path.isprintable() else ascii(path)
 
 
 def open_picture(path):
@@ -448,7 +435,7 @@ def load_image(path, size):
         with open_picture(path) as image:
             return adm_crop(to_rgb(image), size)
     except Exception as error:                              # Pillow's decoders raise a dozen types
-        raise UserError(f"cannot read the picture {shown(path)}: {first_line(error)}") from None
+        raise UserError(f"cannot read the picture {os.fsdecode(path)!r}: {first_line(error)}") from None
 
 
 def check_picture(path, decode=False):
@@ -459,14 +446,12 @@ def check_picture(path, decode=False):
         with open_picture(path) as image:
             if image.mode == "F":
                 return "floating-point pixels have no known range"
-            size, kind = image.size, image.format
-            image.verify()                                  # a PNG's checksums
-        with open(path, "rb") as file:
-            file.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
-            tail = file.read()
-        if kind == "PNG" and b"IEND" not in tail:
-            return "it is truncated"
-        if decode or kind in ("JPEG", "MPO") and b"\xff\xd9" not in tail:       # cut, or with other data behind its end
+            size = image.size
+            if image.format in ("JPEG", "MPO"):             # without its mark at the end it is cut, or followed by other data
+                image.fp.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
+                decode = decode or b"\xff\xd9" not in image.fp.read()
+            image.verify()                                  # a PNG's checksums, to its end
+        if decode:
             with open_picture(path) as image:
                 image.load()
         return size
@@ -487,57 +472,44 @@ class ImageSet:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such folder; name one with --data, laid out as <class>/<picture> "
                             "(`python demo.py` makes a small one under runs/demo)")
-        self.root_bytes = os.fsencode(self.root)
-        name = hashlib.sha256(self.root_bytes).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
         self.cache = os.path.join("runs", "cache", f"files-{name}.npz")
         if rank() == 0 and not self.read_cache():
             self.scan()
-            self.write_cache()
         barrier()
         if rank() != 0 and not self.read_cache():
             self.scan()                                     # the cache could not be written
         if self.bad:
             say(f"note: {len(self.bad)} of {len(self)} pictures cannot be read and others of their class take their places, the "
-                f"first for {shown(self.path(min(self.bad)))}")
+                f"first for {self.path(min(self.bad))!r}")
 
     def read_cache(self):
+        """Whether there is a list that still holds; then it is read."""
         try:
             with open_npz(self.cache) as file:
                 header = json.loads(str(file["header"]))
-                if any(os.stat(os.path.join(self.root, d)).st_mtime_ns != t for d, t in header["folders"].items()):
-                    return False
                 self.names, self.labels, self.bad = file["names"], file["labels"], set(file["bad"].tolist())
-            self.classes, self.fingerprint, self.smallest = header["classes"], header["fingerprint"], header["smallest"]
-            if not (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
-                    and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes)))):
-                return False
-            return header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
+            self.classes, self.fingerprint, self.smallest = (header[k] for k in ("classes", "fingerprint", "smallest"))
+            sound = (self.labels.shape == self.names.shape == (len(self.names),) and self.labels.dtype == np.int64
+                     and self.names.dtype.kind == "S" and set(self.labels.tolist()) == set(range(len(self.classes))))
+            fresh = all(os.stat(os.path.join(self.root, d)).st_mtime_ns == t for d, t in header["folders"].items())
+            return sound and fresh and header["decoded"] >= self.check_data and (self.skip_bad or not self.bad)
         except Exception:                                   # absent, damaged, or of another version: made again
             return False
 
-    def write_cache(self):
-        header = dict(folders=self.folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
-                      decoded=self.check_data)
-        try:
-            with writing(self.cache) as file:
-                np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
-                         bad=np.array(sorted(self.bad), np.int64))
-        except OSError as error:
-            say(f"note: the file list could not be kept in {self.cache} ({error})")
-
     def scan(self):
+        """Lists the files, checks them, and keeps the result."""
         def unreadable(error):
-            raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
-        self.folders, files = {}, []                        # every folder below root -> its modification time
-        for folder, inside, names in os.walk(self.root, followlinks=True, onerror=unreadable):
+            raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
+        folders, files = {}, []                             # every folder below root -> its modification time
+        for folder, _, names in os.walk(self.root, followlinks=True, onerror=unreadable):
             if os.path.islink(folder) and f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{os.path.realpath(folder)}/"):
-                raise UserError(f"{shown(folder)} is a link to a folder that it is in itself; remove it")
-            inside.sort()
+                raise UserError(f"{folder!r} is a link to a folder that it is in itself; remove it")
             relative = os.path.relpath(folder, self.root)
-            self.folders[relative] = os.stat(folder).st_mtime_ns
+            folders[relative] = os.stat(folder).st_mtime_ns
             files += [os.path.normpath(os.path.join(relative, f)) for f in names if f.lower().endswith(IMAGE_TYPES)]
         files.sort()
-        subfolders = sorted(d for d in self.folders if d != "." and os.sep not in d)
+        subfolders = sorted(d for d in folders if d != "." and os.sep not in d)
         if not files:
             raise UserError(f"{self.root} has no pictures ({' '.join(IMAGE_TYPES)})")
         if set(subfolders) & {"train", "val", "test"} and len(subfolders) <= 3:
@@ -547,63 +519,69 @@ class ImageSet:
         empty = sorted(set(subfolders) - set(of))
         if empty:
             raise UserError(f"{len(empty)} class folder{'s' if empty[1:] else ''} without pictures, the first is "
-                            f"{shown(os.path.join(self.root, empty[0]))}; fill or remove it")
-        self.classes = sorted(set(of))
-        index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([index[name] for name in of], dtype=np.int64)
-        self.names = np.array([os.fsencode(f) for f in files])
+                            f"{os.path.join(self.root, empty[0])!r}; fill or remove it")
+        self.classes, self.labels = np.unique(of, return_inverse=True)
+        self.classes, self.names = self.classes.tolist(), np.array([os.fsencode(f) for f in files])
         paths = [os.path.join(self.root, f) for f in files]
         check = functools.partial(check_picture, decode=self.check_data)
-        with contextlib.ExitStack() as stack:
-            found = map(check, paths)
-            if len(paths) > (200 if self.check_data else 5000):
-                pool = stack.enter_context(ProcessPoolExecutor(min(16, cores())))
-                found = pool.map(check, paths, chunksize=50 if self.check_data else 500)
-            found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < 5000, leave=False))
-        self.bad = {i for i, why in enumerate(found) if isinstance(why, str)}
+        executor = ProcessPoolExecutor if len(paths) > 5000 else ThreadPoolExecutor        # processes take a while to begin
+        with executor(min(16, cores())) as pool:
+            found = list(tqdm(pool.map(check, paths, chunksize=100), "checking pictures", len(paths), disable=len(paths) < 5000,
+                              leave=False))
+        self.bad = {i for i, size in enumerate(found) if isinstance(size, str)}
         lost = sorted(set(of) - {name for i, name in enumerate(of) if i not in self.bad})
         if self.bad and (lost or not self.skip_bad):
             first = min(self.bad)
-            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {shown(paths[first])}: "
-                            f"{found[first]}; mend or remove it" + (f", {shown(lost[0])} has no other" if lost else
+            raise UserError(f"{len(self.bad)} picture{'s' * (len(self.bad) > 1)} cannot be read, the first is {paths[first]!r}: "
+                            f"{found[first]}; mend or remove it" + (f", {lost[0]!r} has no other" if lost else
                                                                     " (training takes another instead with --skip-bad)"))
         self.smallest = min(min(size) for size in found if not isinstance(size, str))
         lines = [f"{f} {os.path.getsize(p) if os.path.isfile(p) else -1}" for f, p in zip(files, paths)]
         self.fingerprint = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+        header = dict(folders=folders, classes=self.classes, fingerprint=self.fingerprint, smallest=self.smallest,
+                      decoded=self.check_data)
+        with going_on(self.cache), writing(self.cache) as file:
+            np.savez(file, header=np.array(json.dumps(header)), names=self.names, labels=self.labels,
+                     bad=np.array(sorted(self.bad), np.int64))
 
     def __len__(self):
         return len(self.names)
 
     def path(self, i):
-        return os.path.join(self.root_bytes, self.names[i])
-
-    def candidates(self, i):
-        """i and, with skip_bad, the others of its class in turn: a function of i alone, the same on every process."""
-        yield i
-        if self.skip_bad:
-            same = np.flatnonzero(self.labels == self.labels[i])
-            yield from np.roll(same, -np.searchsorted(same, i))[1:]
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def load(self, i, size):
-        """-> uint8 (size,size,3)."""
-        for j in self.candidates(i):
+        """-> uint8 (size,size,3) of picture i or, with skip_bad, of the next one of its class that can be read: a function of i
+        alone, the same on every process."""
+        j = i
+        while True:
             try:
                 if j not in self.bad:
                     return load_image(self.path(j), size)
             except UserError as error:
                 if not self.skip_bad:
                     raise
-                _replaced.append(str(error))
-        raise UserError(f"no picture of {shown(os.path.join(self.root, self.classes[self.labels[i]]))} can be read any more")
+                self.bad.add(j)
+                print(f"warning: {error}; another one of its class takes its place ({len(self.bad)} so far)", file=sys.stderr,
+                      flush=True)
+            same = [k for k in np.flatnonzero(self.labels == self.labels[i]) if k not in self.bad]
+            if not same:
+                raise UserError(f"no picture of {os.path.join(self.root, self.classes[self.labels[i]])!r} can be read any more")
+            j = same[np.searchsorted(same, i) % len(same)]
 
     def stack(self, index, size):
         """Indices -> uint8 (b,3,size,size)."""
         return torch.from_numpy(np.stack([self.load(i, size) for i in index])).permute(0, 3, 1, 2)
 
 
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 class Batches(torch.utils.data.Dataset):
     """Item k is what this process sees in step k of the run: positions in the endless stream of samples, and the
-    pictures there. Position p is picture order(p // N)[p % N] of its epoch; a batch may span two epochs.
+    pictures there. Position p is picture epoch_order(p // N)[p % N]; a batch may span two epochs.
 
     Item: dict(position, index, flip, label: int64 (b,), image: uint8 (b,3,size,size) if `size`, and the arrays that
     `extra(index, flip)` adds)."""
@@ -611,26 +589,18 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, batch_size, seed, size=None, flip=True, extra=None):
         self.data, self.batch_size, self.seed, self.size, self.flip, self.extra = data, batch_size, seed, size, flip, extra
         self.rank, self.world = rank(), world()
-        self.epoch = self.order = None
 
     def __getitem__(self, step):
-        share = self.batch_size // self.world
+        share, count = self.batch_size // self.world, len(self.data)
         position = step * self.batch_size + self.rank * share + np.arange(share)
-        index = np.empty(share, dtype=np.int64)
-        for epoch in np.unique(position // len(self.data)):
-            if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = np.random.default_rng([self.seed, int(epoch)]).permutation(len(self.data))
-            here = position // len(self.data) == epoch
-            index[here] = self.order[position[here] % len(self.data)]
+        index = np.array([epoch_order(self.seed, p // count, count)[p % count] for p in position.tolist()])
         position = torch.from_numpy(position)
         flip = (uniform(self.seed, "flip", position) < 0.5) & self.flip
         batch = dict(position=position, index=torch.from_numpy(index), flip=flip,
                      label=torch.from_numpy(self.data.labels[index]))
         if self.size:
-            pictures = np.stack([self.data.load(i, self.size) for i in index])              # (b,S,S,3)
-            pictures[flip.numpy()] = pictures[flip.numpy()][:, :, ::-1]
-            batch["image"] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            image = self.data.stack(index, self.size)
+            batch["image"] = torch.where(flip.view(-1, 1, 1, 1), image.flip(3), image)
         if self.extra:
             batch.update(self.extra(index, flip.numpy()))
         return batch
@@ -646,22 +616,6 @@ class Blocks(torch.utils.data.Dataset):
         return dict(image=self.load(range(k * self.block, min((k + 1) * self.block, self.count)), self.size))
 
 
-class Told(torch.utils.data.Dataset):
-    """What a loader, another process, tells of item k of a dataset: the item or the UserError that it raised, and messages on
-    pictures that were replaced."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, k):
-        try:
-            item = self.dataset[k]
-        except UserError as error:
-            item = error
-        messages, _replaced[:] = _replaced[:], []
-        return item, messages
-
-
 def cores():
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()       # macOS has none
@@ -669,23 +623,28 @@ def cores():
 
 def ignore_signals(worker):
     """A scheduler's signal goes to loaders too: they go on until the process they read for has ended."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    at_signal(signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def answer(dataset, k):
+    """dataset[k], or the UserError that it raises: torch's own way to hand on an error keeps loaders from ending."""
+    try:
+        return dataset[k]
+    except UserError as error:
+        return error
 
 
 def batches(dataset, items, workers, device):
     """Iterates over dataset[k] for k in items, in order, read ahead by `workers` processes."""
     if workers is None:
         workers = min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = torch.utils.data.DataLoader(Told(dataset), batch_size=None, sampler=items, num_workers=workers,
-                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None,
-                                         worker_init_fn=ignore_signals)
-    for batch, messages in loader:
+    loader = torch.utils.data.DataLoader(items, batch_size=None, collate_fn=functools.partial(answer, dataset),
+                                         num_workers=workers, worker_init_fn=ignore_signals,
+                                         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        for message in set(messages) - _told:
-            _told.add(message)
-            tqdm.write(f"warning: {message}; another one of its class takes its place ({len(_told)} so far)", file=sys.stderr)
         yield {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
@@ -709,8 +668,8 @@ def to_uint8(x):
 # Files: written beside their name, flushed, renamed. A reader never sees half a file
 
 @contextlib.contextmanager
-def writing(path, check=None):
-    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well, and check(its path) does."""
+def writing(path):
+    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     for left in glob.glob(f"{glob.escape(path)}.*.tmp"):    # by a process that was killed
         with contextlib.suppress(FileNotFoundError):
@@ -721,8 +680,6 @@ def writing(path, check=None):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -738,9 +695,8 @@ def open_npz(path):
     file = np.load(path, allow_pickle=False)
     for member in file.zip.infolist():
         with file.zip.open(member) as rows:
-            version = np.lib.format.read_magic(rows)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(rows)
+            np.lib.format.read_magic(rows)                  # other versions have long headers, and no array of ours or ADM's
+            shape, _, dtype = np.lib.format.read_array_header_1_0(rows)
             if dtype.hasobject:
                 raise ValueError(f"{member.filename} holds Python objects")
             if rows.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
@@ -751,11 +707,10 @@ def open_npz(path):
 def open_array(path, dtype, shape):
     """A memory map of an .npy file, to read and write. Its header and size must be what it was made with: np.load believes
     any header, and fills up with zeros what a cut file lacks."""
-    try:
+    found = None
+    with contextlib.suppress(Exception):                    # NumPy's header parser raises a dozen types
         array = np.load(path, mmap_mode="r")
         found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
-    except Exception:                                       # NumPy's header parser raises a dozen types
-        found = None
     if found != (dtype, shape, os.path.getsize(path), True):
         raise UserError(f"{path} is damaged; remove its folder and give the same command again")
     return np.load(path, mmap_mode="r+")
@@ -801,43 +756,27 @@ def save_weights(path, kind, state, config, info):
         file.write(save(state, metadata))
 
 
-_locks = {}
-
-
 def lock(folder, wait=False):
-    """Makes this run the only one that writes into a folder, until its process ends, however it ends; refuses, or waits
-    for, another. Also removes half-written files that a killed run left there."""
+    """Makes this run the only one that writes into a folder, until its process ends, however it ends, or closes the file of
+    this number; refuses, or waits for, another. Also removes half-written files that a killed run left there."""
+    file = None
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
-            _locks[folder] = open(os.path.join(folder, ".lock"), "a")
-            try:
-                fcntl.lockf(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)     # unlike flock's, not inherited by loaders
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
-                say(f"waiting for another process that writes into {folder}")
-                fcntl.lockf(_locks[folder], fcntl.LOCK_EX)
+            file = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # unlike flock's, not inherited by loaders
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another process is writing into {folder}; wait for its end, or name another --out") from None
+            say(f"waiting for another process that writes into {folder}")
+            fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}") from None
         for inside in (folder, os.path.join(folder, "checkpoints")):
             for path in glob.glob(os.path.join(glob.escape(inside), "*.tmp")):
                 os.remove(path)
     barrier()
-
-
-def unlock(folder):
-    if rank() == 0:
-        _locks.pop(folder).close()
-
-
-def to_host(value):
-    """A copy in host memory of nested dicts and lists of tensors."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: to_host(v) for k, v in value.items()}
-    return type(value)(map(to_host, value)) if isinstance(value, (list, tuple)) else value
+    return file
 
 
 class Saver:
@@ -848,18 +787,19 @@ class Saver:
         self.folder, self.keep_every, self.thread, self.error = folder, keep_every, None, None
 
     def save(self, step, weights, state):
-        """state: for save_checkpoint; weights: {file name: (kind, key, prefix, config, info)} for save_weights, of what stands
-        under state[key] with this prefix to its names, so that it is copied once."""
+        """state: for save_checkpoint; weights: {file name: (kind, state dict, config, info)} for save_weights. A tensor that
+        stands in both is copied once."""
         if rank() == 0:
             self.wait()
-            self.thread = threading.Thread(target=self.write, name="saver", args=(step, weights, to_host(state)))
+            to_host = functools.cache(lambda x: x.detach().to("cpu", copy=True))
+            self.thread = threading.Thread(target=self.write, name="saver",
+                                           args=(step, *tree_map_only(torch.Tensor, to_host, (weights, state))))
             self.thread.start()
 
     def write(self, step, weights, state):
         self.error = None
         try:
-            for name, (kind, key, prefix, config, info) in weights.items():
-                part = {k.removeprefix(prefix): v for k, v in state[key].items() if k.startswith(prefix)}
+            for name, (kind, part, config, info) in weights.items():
                 save_weights(os.path.join(self.folder, name), kind, part, config, dict(info, **provenance()))
             save_checkpoint(self.folder, step, state, self.keep_every)
         except (OSError, RuntimeError) as error:            # torch.save turns some failed writes into RuntimeError
@@ -881,11 +821,11 @@ class Saver:
 def save_checkpoint(folder, step, state, keep_every=0):
     """The whole training state -> folder/checkpoints/<step>.pt, checked by reading it back before it gets this name. The
     last two are kept, and those of every `keep_every` steps."""
-    def check(path):
-        if not intact(path):
-            raise OSError("what was read back differs from what was written: the disk may be failing")
-    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt"), check) as file:
+    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
         torch.save(state, file)
+        file.flush()
+        if not intact(file.name):
+            raise OSError("what was read back differs from what was written: the disk may be failing")
     for old in list_checkpoints(folder)[:-2]:
         if not keep_every or int(os.path.basename(old)[:-3]) % keep_every:
             os.remove(old)
@@ -910,9 +850,10 @@ def load_checkpoint(folder, device):
     return None
 
 
-def resume(args, free, device):
-    """Makes --out this run's -> the state to go on from, or None where it begins. Other settings than the run began with are
-    refused, except for the flags named in `free`."""
+def resume(args, free, parts, total, device):
+    """Makes --out this run's and loads its last state into its parts, in their order -> the step to go on from, None where
+    all steps are done, and the sums of the unfinished line of metrics. Other settings than the run began with are refused,
+    except for the flags named in `free`."""
     lock(args.out)
     state = None if args.overwrite else load_checkpoint(args.out, device)
     if state is None:
@@ -920,7 +861,7 @@ def resume(args, free, device):
             raise UserError(f"--resume: {args.out} holds no checkpoint")
         for path in list_checkpoints(args.out) if rank() == 0 else ():
             os.remove(path)
-        return None
+        return 0, None
     saved, free = state["arguments"], free | FREE
     if args.lr_schedule == "cosine":
         free = free - {"steps", "epochs"}                   # the rate of every step depends on the last one's number
@@ -929,16 +870,14 @@ def resume(args, free, device):
     if differ:
         raise UserError(f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
                         "another --out, or --overwrite to begin anew")
-    return state
-
-
-def restore(folder, state, parts, running):
-    """Loads a run's state into its parts, in their order, and the sums of its unfinished line of metrics."""
-    with reading(folder, "a run of this version of the code; begin anew with --overwrite"):
+    if state["step"] >= total:
+        say(f"done      {args.out} has its {state['step']} steps already")
+        return None, None
+    with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        running.copy_(state["running"])
-    say(f"resuming  {folder} at step {state['step']}")
+    say(f"resuming  {args.out} at step {state['step']}")
+    return state["step"], state["running"]
 
 
 def newest(name, what, command):
@@ -956,17 +895,12 @@ def newest(name, what, command):
 
 def provenance():
     """What made this result: commit, versions, device."""
-    here = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*words):
-        try:
-            return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True, capture_output=True, text=True,
+                         cwd=os.path.dirname(os.path.abspath(__file__)))
+    commit, _, dirty = git.stdout.strip().partition("-")    # nothing where there is no git, or no repository
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return dict(commit=git("rev-parse", "HEAD") or None, dirty=bool(git("status", "--porcelain", "-uno")),
-                python=sys.version.split()[0], torch=torch.__version__, device=device, processes=world(),
-                date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return dict(commit=commit or None, dirty=bool(dirty), python=sys.version.split()[0], torch=torch.__version__,
+                device=device, processes=world(), date=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 @contextlib.contextmanager
@@ -975,7 +909,7 @@ def going_on(path):
     try:
         yield
     except OSError as error:
-        say(f"warning: cannot write {path}: {error.strerror}; training goes on")
+        say(f"warning: cannot write {path}: {error.strerror}; going on without it")
 
 
 def write_json(path, value):
@@ -986,41 +920,46 @@ def write_json(path, value):
 class RunLog:
     """Progress bar and metrics.jsonl of a training run, on the first process; silent on the others.
 
-    add(losses) sums up what line(step) writes the means of; lines after `start`, left by a run that was killed, are dropped.
+    add sums up what line writes the means of; lines after `start`, left by a run that was killed, are dropped.
     `running`: since the last line, the sums of the losses called `names`, number of bad steps, number of good ones."""
 
-    def __init__(self, folder, args, names, running, start, total, steps_per_epoch):
-        self.folder, self.names, self.running, self.steps_per_epoch = folder, names, running, steps_per_epoch
-        self.batch_size, self.main = args.batch_size, rank() == 0
+    def __init__(self, args, names, running, start, total, steps_per_epoch, device):
+        self.args, self.names, self.start, self.total, self.steps_per_epoch = args, names, start, total, steps_per_epoch
+        self.running = torch.zeros(len(names) + 2, device=device) if running is None else running
+        self.main, folder = rank() == 0, args.out
         self.last_time, self.last_step = time.time(), start
         if self.main:
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, "metrics.jsonl")
-            lines = []
-            if start and os.path.exists(path):
-                with open(path) as file:
-                    for line in file:                       # the last one may be cut off
-                        with contextlib.suppress(ValueError, KeyError, TypeError):
-                            lines += [line] * (line.endswith("\n") and json.loads(line)["step"] <= start)
+            with open(path, "a+b") as file:
+                file.seek(0)
+                lines = re.findall(rb'^({"step": (\d+), .*}\n)', file.read(), re.MULTILINE)        # the last one may be cut off
             with writing(path) as file:
-                file.write("".join(lines).encode())
-            self.file, self.unwritten = open(path, "ab", buffering=0), b""
+                file.write(b"".join(line for line, step in lines if 0 < int(step) <= start))
+            self.file = open(path, "ab", buffering=2 ** 20)
             write_json(os.path.join(folder, "config.json"), dict(arguments=vars(args), provenance=provenance()))
         self.bar = tqdm(total=total, initial=start, disable=not self.main, unit="step", smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 20)
+        say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
+            f"{args.batch_size} = {world()} processes x {args.accum} passes x {args.batch_size // (world() * args.accum)}")
 
-    def add(self, losses):
-        """losses (n,) of one step, on the device: nothing waits for them. A step with one that is not finite counts nowhere."""
-        good = torch.isfinite(losses).all()
+    def every(self, n, step):
+        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
+        return n > 0 and (step == self.total or step % n == 0 and step > self.start)
+
+    def add(self, losses, good):
+        """losses (n,) of one step, and whether it counts, on the device: nothing waits for them."""
         self.running[:-2] += torch.where(good, losses, 0)
+        self.running[-2] += ~good
         self.running[-1] += good
+        self.bar.update()
 
     def line(self, step, active):
         """Writes the means of the losses named in `active` since the last line, over all processes."""
         *sums, bad, good = gather_mean(self.running.clone()).tolist()
         self.running.zero_()
         now = time.time()
-        rate = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
+        rate = (step - self.last_step) * self.args.batch_size / max(now - self.last_time, 1e-9)
         self.last_time, self.last_step = now, step
         if self.main:
             values = {k: v / good for k, v in zip(self.names, sums) if k in active and good}
@@ -1030,14 +969,13 @@ class RunLog:
             self.write(dict(step=step, epoch=round(step / self.steps_per_epoch, 4), **values, images_per_s=round(rate, 2)))
 
     def write(self, line):
-        """What a full disk does not take is written with a later line: none is lost or cut."""
-        self.unwritten += (json.dumps(line) + "\n").encode()
+        """What a full disk does not take stays in the file's buffer until a later line: none is lost or cut."""
         with going_on(self.file.name):
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+            self.file.write((json.dumps(line) + "\n").encode())
+            self.file.flush()
 
     def pictures(self, step, rows):
-        path = os.path.join(self.folder, "samples", f"{step:07d}.png")
+        path = os.path.join(self.args.out, "samples", f"{step:07d}.png")
         with going_on(path):
             save_grid(path, rows)
 
@@ -1046,6 +984,12 @@ class RunLog:
         if self.main:
             say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
             self.write(dict(step=step, **values))
+
+    def close(self, step, done):
+        """The last words, after the last save."""
+        self.bar.close()
+        say(done if step == self.total else f"stopped   by a signal at step {step}; the same command goes on from the last "
+            f"checkpoint in {self.args.out}")
 
 
 @torch.no_grad()
@@ -1058,11 +1002,9 @@ def ema_update(ema, model, decay):
 
 def save_grid(path, rows):
     """Rows of as many pictures each, uint8 (n,3,H,W) -> one PNG. Pictures under 64 pixels are enlarged, sharp."""
-    from torchvision.utils import make_grid                 # takes a second to import
-    height = rows[0].shape[2]
-    canvas = make_grid(torch.cat([row.cpu() for row in rows]), nrow=len(rows[0]), pad_value=255).permute(1, 2, 0).numpy()
-    image = Image.fromarray(canvas)
-    if height < 64:
-        image = image.resize((image.width * (128 // height), image.height * (128 // height)), Image.NEAREST)
+    from torchvision.utils import save_image                # takes a second to import
+    x = torch.cat([row.cpu() for row in rows])
+    scale = 128 // x.shape[2] if x.shape[2] < 64 else 1
+    x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) / 255
     with writing(path) as file:
-        image.save(file, "PNG")
+        save_image(x, file, "png", nrow=len(rows[0]), padding=2 * scale, pad_value=1)

@@ -13,13 +13,13 @@ The same command goes on where a run was stopped.
 """
 import argparse
 import copy
+import functools
 import math
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
@@ -28,15 +28,12 @@ from models import VFM, SiT, UserError, load_vae
 from sample import draw, set_labels
 
 # Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
-FREE = {"vae", "cache", "vfm_weights", "preview_n", "preview_steps", "preview_cfg", "check_data", "skip_bad"}
+FREE = {"vae", "cache", "preview_n", "preview_steps", "preview_cfg"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
-    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
-    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
+    g = p.add_argument_group("latents")
     g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
     g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
     g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
@@ -50,9 +47,6 @@ def parse_arguments(argv=None):
     g = p.add_argument_group("REPA")
     g.add_argument("--repa", type=float, default=0.5, help="weight; 0: no vision model")
     g.add_argument("--repa-block", type=int, default=8, help="block whose output is projected, from 1")
-    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
-    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g = p.add_argument_group("previews")
     g.add_argument("--preview-n", type=common.positive, default=8, help="pictures in each of a preview's 8 rows")
     g.add_argument("--preview-steps", type=common.positive, default=50, help="of the ODE sampler of previews and --fid-every")
@@ -77,16 +71,9 @@ def cache_latents(vae, data, flip, args, device, precision):
     name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}{'' if flip else '-noflip'}"
     folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
     shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
-    record = os.path.join(folder, "latents.json")
     common.stop_at_signal()
-    common.lock(folder, wait=True)
-    try:
-        if common.rank() == 0 and not os.path.exists(record):
-            common.write_json(record, dict(vae_hash=vae.info["hash"], fingerprint=data.fingerprint, flip=flip, shape=shape,
-                                           precision=precision))
-        latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
-    except OSError as error:
-        raise UserError(f"cannot write the latent cache {folder}: {error.strerror}") from None
+    held = common.lock(folder, wait=True)
+    latents, done, todo = common.resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
     if len(todo):
         say(f"caching   latents of {len(data)} pictures in {folder}, {np.prod(shape) * 2 / 1e9:.2f} GB")
     todo = todo[common.rank()::common.world()]
@@ -105,21 +92,16 @@ def cache_latents(vae, data, flip, args, device, precision):
                 latents[begin:begin + len(pair), side] = pair
         common.mark_done(latents, done, block)
     common.barrier()
-    common.unlock(folder)
+    if held is not None:
+        os.close(held)                                      # training needs no lock of it
     return folder
 
 
-class LatentCache:
-    """Reads latents.npy of a folder that cache_latents filled; opened anew in every loader process."""
-
-    def __init__(self, folder):
-        self.path, self.array = os.path.join(folder, "latents.npy"), None
-
-    def read(self, index, flip):
-        """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std)."""
-        if self.array is None:
-            self.array = np.load(self.path, mmap_mode="r")
-        return dict(latent=torch.from_numpy(self.array[index, flip.astype(np.int64)]))
+def read_latents(folder, index, flip):
+    """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std) from a folder that
+    cache_latents filled."""
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+    return dict(latent=torch.from_numpy(latents[index, flip.astype(np.int64)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,8 +136,7 @@ def main():
     vae = load_vae(args.vae, device).to(memory_format=common.layout(device, precision))
     data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
-    folder = cache_latents(vae, data, args.flip, args, device, precision)
-    cache = LatentCache(folder)
+    cache = cache_latents(vae, data, args.flip, args, device, precision)
 
     # Models
     patch = args.patch or max(1, 16 // vae.factor)
@@ -171,29 +152,20 @@ def main():
     steps_per_epoch = len(data) / args.batch_size
     say(f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid ** 2} tokens; {precision} on {device}")
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    guard = common.Guard(net, optimizer, args.clip)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
+    parts = dict(net=net, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
+    args.vae_hash = vae.info["hash"]                        # another VAE is another setting
     names = ["flow", "repa", "grad_norm"]
-    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
-    start, state = 0, common.resume(args, FREE, device)
-    if state is not None:
-        if state["vae_hash"] != vae.info["hash"]:
-            raise UserError(f"{args.out} was trained on a VAE with hash {state['vae_hash']}, but {args.vae} has "
-                            f"{vae.info['hash']}; use that one, another --out, or --overwrite to begin anew")
-        start = state["step"]
-        if start >= total:
-            return say(f"done      {args.out} has its {start} steps already")
-        common.restore(args.out, state, parts, running)
-        del state
+    start, running = common.resume(args, FREE, parts, total, device)
+    if start is None:
+        return
 
     # Parallel and compiled form; `net` stays the plain module that is saved
     forward = net
     if args.compile if args.compile is not None else device.type == "cuda":
         forward, vfm = torch.compile(net), vfm and torch.compile(vfm)
-    if common.world() > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = common.parallel(forward)
 
     # What is looked at now and then
     if args.fid_every:
@@ -207,42 +179,34 @@ def main():
             labels = set_labels("equal", ids, net.num_classes, args.seed)
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
-    def every(n):
-        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
-        return n > 0 and (step == total or step % n == 0 and step > start)
-
-    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
-    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
+    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip,
+                             functools.partial(read_latents, cache))
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
     shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
+    guard = common.Guard(net, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        stop = watch.stop()
-        due, bad = every(args.save_every), False
-        if due or stop or every(args.log_every):
-            count, bad = guard.look(names[:2], args.max_bad_steps, args.out, step == total)
-            running[-2] += count
-            due = due and not bad
-        if step > start and every(args.log_every):
+        due = log.every(args.save_every, step)
+        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(args, names, step == total)
+        due = due and not bad
+        if step > start and log.every(args.log_every, step):
             log.line(step, names if args.repa else ["flow", "grad_norm"])
-        if every(args.sample_every) and common.rank() == 0:
+        if log.every(args.sample_every, step) and common.rank() == 0:
             ids = torch.arange(8 * args.preview_n, device=device)       # 8 rows, the same noise and labels every time
             labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
             pictures = draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg)
             log.pictures(step, pictures.split(args.preview_n))
-        if every(args.fid_every):
+        if log.every(args.fid_every, step):
             log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
-            common.gather_mean(running)
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema, classes=data.classes,
-                        vae_hash=vae.info["hash"], vae_path=args.vae)
-            weights = {"sit.safetensors": ("sit", "ema", "", net.config, info),
-                       "sit_raw.safetensors": ("sit", "net", "", net.config, info)}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), vae_hash=vae.info["hash"], running=running,
-                                           **{name: part.state_dict() for name, part in parts.items()}))
-        if step == total or stop:
+        if due or watch.stop and not bad:             # last, so that nothing of this step is missing after a resume
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, classes=data.classes,
+                        vae_hash=args.vae_hash, vae_path=args.vae)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            weights = {"sit.safetensors": ("sit", state["ema"], net.config, info),
+                       "sit_raw.safetensors": ("sit", state["net"], net.config, info)}
+            saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
+        if step == total or watch.stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
@@ -270,16 +234,14 @@ def main():
                 ((flow + args.repa * repa) / args.accum).backward()
             losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
+        watch.end_step()
         losses[2] = guard.step(losses[:2], step)
         common.ema_update(ema, net, args.ema)
-        log.add(losses)
-        log.bar.update()
+        log.add(losses, guard.finite)
         # --------------------------------------------------------------------------------------------------------------
-    log.bar.close()
     saver.close()
-    if step < total:
-        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
-    say(f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; pictures: python sample.py --sit {args.out}")
+    log.close(step, f"done      {args.out}/sit.safetensors; previews in {args.out}/samples; "
+                    f"pictures: python sample.py --sit {args.out}")
 
 
 if __name__ == "__main__":

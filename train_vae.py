@@ -19,23 +19,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 from common import normal, say, uniform
 from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, UserError, load_vae, published
 
 # Flags that may change between a run and its resumption, beside common.FREE; all others must agree.
-FREE = {"val", "val_images", "stats_images", "vfm_weights", "lpips_weights", "init", "init_disc", "probe_every", "probe_data",
-        "check_data", "skip_bad"}
+FREE = {"val", "val_images", "stats_images", "lpips_weights", "init", "init_disc", "probe_every", "probe_data"}
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
-    g.add_argument("--check-data", action="store_true", help="decode every picture before training, once for each list of files")
-    g.add_argument("--skip-bad", action="store_true", help="another picture of the class for one that cannot be read; else an error")
     g.add_argument("--val", help="folder of held-out pictures: PSNR and alignment loss at every save")
     g.add_argument("--val-images", type=common.positive, default=2000, help="how many of them, the first of a fixed shuffle")
     g.add_argument("--resolution", type=common.positive, default=256, help="side of the square picture, pixels")
@@ -52,9 +47,6 @@ def parse_arguments(argv=None):
     g.add_argument("--align", choices=["mapper", "vavae", "none"], default="mapper", help="mapper: the paper's; vavae: VA-VAE's "
                    "linear projection of clean latents, loss with margins; none: no vision model")
     g.add_argument("--align-weight", type=float, default=1.0, help="lambda")
-    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    g.add_argument("--vfm-weights", help="local file of its weights (default: timm's, from the hub)")
-    g.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)")
     g.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0 is the paper's MLP-only ablation")
     g.add_argument("--mapper-width", type=int, help="width of its tokens (default: the vision model's)")
     g.add_argument("--mapper-hidden", type=int, default=2048, help="width of its MLP")
@@ -100,14 +92,14 @@ def vavae_loss(predicted, target, cos_margin=0.5, matrix_margin=0.25):
 class Projection(nn.Conv2d):
     """VA-VAE's in place of the mapper: latents (B,C,h,w) -> (B,N,D), linear, without noise."""
 
-    def forward(self, z, t=None, noise=None):
+    def forward(self, z, t, noise):
         return super().forward(z).flatten(2).mT
 
 
 def mapper_times(seed, position, kind):
-    """t (B,) of the noise that the mapper sees."""
+    """t (B,) of the noise that the mapper sees; without a kind 0: none."""
     t = uniform(seed, "mapper time", position)
-    return t if kind == "flow" else torch.full_like(t, 0.5)
+    return t if kind == "flow" else torch.full_like(t, 0.5 if kind else 0.0)
 
 
 def kl_loss(mean, logvar):
@@ -121,15 +113,15 @@ def hinge_loss(real, fake):
 
 
 class SendVAE(nn.Module):
-    """VAE and mapper as one module, so that one DDP wraps all that the first optimiser trains."""
+    """VAE and mapper as one module, so that one DDP wraps all that is trained beside the discriminator."""
 
     def __init__(self, vae, mapper, decode=True):
         super().__init__()
         self.vae, self.mapper, self.decode = vae, mapper, decode
 
-    def forward(self, x, noise, t=None, mapper_noise=None):
-        """Images (B,3,H,W), posterior noise (B,C,h,w), and the mapper's times (B,) and noise (B,C,h,w) or neither
-        -> reconstructions (B,3,H,W), mean, logvar (B,C,h,w), predicted tokens (B,N,D) or None without a mapper."""
+    def forward(self, x, noise, t, mapper_noise):
+        """Images (B,3,H,W), posterior noise (B,C,h,w), the mapper's times (B,) and noise (B,C,h,w) -> reconstructions
+        (B,3,H,W), mean, logvar (B,C,h,w), predicted tokens (B,N,D) or None without a mapper."""
         mean, logvar = self.vae.encode(x)
         z = self.vae.sample(mean, logvar, noise)
         tokens = self.mapper(z, t, mapper_noise) if self.mapper is not None else None
@@ -176,8 +168,8 @@ def validate(net, vfm, data, args, device, precision):
             y = common.to_uint8(net.vae.decode(mean)).float()
             if vfm is not None:
                 z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
-                t = mapper_times(1, position, args.noise_kind) if args.noise else None
-                tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]) if args.noise else None)
+                t = mapper_times(1, position, args.noise and args.noise_kind)
+                tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]))
                 sums[1] += align_loss(tokens, vfm(x)) * len(x)             # of either kind of alignment
         error = (y - common.to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
         sums[0] += (10 * torch.log10(255 ** 2 / error)).sum()
@@ -246,8 +238,8 @@ def build_networks(args, device, precision):
         disc = PatchDiscriminator()
         if args.init_disc:
             disc = published(args.init_disc).load_discriminator(args.init_disc).train()
-        disc = common.sync_batch_norms(disc).to(device, memory_format=common.layout(device, precision))
-    net = common.sync_batch_norms(SendVAE(vae, mapper, not args.freeze)).to(device, memory_format=common.layout(device, precision))
+        disc.to(device, memory_format=common.layout(device, precision))
+    net = SendVAE(vae, mapper, not args.freeze).to(device, memory_format=common.layout(device, precision))
     return net, vfm, lpips, disc
 
 
@@ -278,41 +270,26 @@ def main():
     # Networks and optimisers
     net, vfm, lpips, disc = build_networks(args, device, precision)
     vae, mapper = net.vae, net.mapper
-    ema = copy.deepcopy(net).eval().requires_grad_(False) if args.ema else net
-    count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in
-             dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None}
-    say("model     " + ", ".join(f"{k} {v:.2f}M" for k, v in count.items()) + f"; latents {vae.channels}x"
-        f"{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
-    adam = functools.partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    optimizer = adam([p for p in net.parameters() if p.requires_grad])
-    guard = common.Guard(net, optimizer, args.clip)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    sizes = [f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in
+             dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items() if m is not None]
+    say(f"model     {', '.join(sizes)}; latents {vae.channels}x{vae.latent_size}x{vae.latent_size}; {precision} on {device}")
+    trained = nn.ModuleDict(dict(net=net) if disc is None else dict(net=net, disc=disc))
+    groups = [dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()]     # clipped one by one
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
-    guards = [(guard, names[:5])]                           # and the losses that each looks at
-    parts = dict(net=net, ema=ema, optimizer=optimizer, bad=guard)         # what a checkpoint holds, loaded in this order
-    if disc is not None:
-        disc_optimizer = adam(disc.parameters())
-        disc_guard = common.Guard(disc, disc_optimizer, args.clip)
-        guards.append((disc_guard, names[5:6]))
-        parts.update(disc=disc, disc_optimizer=disc_optimizer, disc_bad=disc_guard)
+    parts = dict(trained, ema=ema, optimizer=optimizer)     # what a checkpoint holds, loaded in this order
 
     # Resume
-    running = torch.zeros(len(names) + 2, device=device)    # see common.RunLog
-    start, state = 0, common.resume(args, FREE, device)
-    if state is not None:
-        start = state["step"]
-        if start >= total:
-            return say(f"done      {args.out} has its {start} steps already")
-        common.restore(args.out, state, parts, running)
-        del state
+    start, running = common.resume(args, FREE, parts, total, device)
+    if start is None:
+        return
 
     # Parallel and compiled forms; `net` and `disc` stay the plain modules that are saved
     forward, critic = net, disc
     if args.compile if args.compile is not None else device.type == "cuda":
         forward, critic, vfm, lpips = (m and torch.compile(m) for m in (net, disc, vfm, lpips))
-    judge = critic                                          # with gradients for the discriminator, averaged over processes
-    if common.world() > 1:
-        forward, judge = (m and DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
-                          for m in (forward, critic))
+    forward, judge = common.parallel(forward), critic and common.parallel(critic)         # critic: without gradients of its own
 
     # What is looked at now and then
     if args.fid_every:
@@ -329,52 +306,38 @@ def main():
             with torch.no_grad(), common.autocast(device, precision):
                 yield index, common.to_uint8(ema.vae.decode(ema.vae.encode(common.from_uint8(x))[0]))
 
-    def every(n):
-        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
-        return n > 0 and (step == total or step % n == 0 and step > start)
-
-    log = common.RunLog(args.out, args, names, running, start, total, steps_per_epoch)
+    log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
     partner = np.random.default_rng(args.seed).permutation(len(data))
     others = functools.partial(other_pictures, data, partner, args.resolution) if args.shuffle_targets else None
     dataset = common.Batches(data, args.batch_size, args.seed, args.resolution, extra=others)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
-    say(f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-        f"{args.batch_size} = {common.world()} processes x {args.accum} passes x {micro_batch}")
+    shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)
+    guard = common.Guard(trained, optimizer, args.clip)
     for step in range(start, total + 1):                    # the last turn only measures and saves
-        stop = watch.stop()
-        due, bad = every(args.save_every), False
-        if due or stop or every(args.log_every):
-            found = [g.look(terms, args.max_bad_steps, args.out, step == total) for g, terms in guards]
-            count, bad = map(max, zip(*found))
-            running[-2] += count
-            due = due and not bad
-        if step > start and every(args.log_every):
+        due = log.every(args.save_every, step)
+        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(args, names, step == total)
+        due = due and not bad
+        if step > start and log.every(args.log_every, step):
             log.line(step, active)
         if (due or step % args.sample_every == 0) and common.rank() == 0:
             log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
         if due:
-            ema.eval()
-            stats_images = 4000 if step < total else args.stats_images or len(data)
-            statistics = latent_statistics(ema.vae, data, args.resolution, min(stats_images, len(data)), args, device, precision)
-            for owner in (vae, ema.vae):
-                owner.latent_mean.copy_(statistics[0])
-                owner.latent_std.copy_(statistics[1])
+            stats_images = min(4000 if step < total else args.stats_images or len(data), len(data))
+            mean, std = latent_statistics(ema.vae, data, args.resolution, stats_images, args, device, precision)
+            ema.vae.latent_mean.copy_(mean), ema.vae.latent_std.copy_(std)         # until the next step only
             if val_data is not None:
                 log.note(step, validate(ema, vfm, val_data, args, device, precision))
-            ema.train(ema is net)
-        if every(args.probe_every) and common.rank() == 0:
+        if log.every(args.probe_every, step) and common.rank() == 0:
             log.note(step, probe(ema.vae))
-        if every(args.fid_every):
+        if log.every(args.fid_every, step):
             log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
-        if due or stop and step > start and not bad:        # last, so that nothing of this step is missing after a resume
-            common.gather_mean(running)
-            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, ema=args.ema,
-                        stats_images=stats_images if due else None)
-            weights = {"vae.safetensors": ("vae", "ema", "vae.", vae.config, info)} if due else {}
-            saver.save(step, weights, dict(step=step, arguments=vars(args), running=running,
-                                           **{name: part.state_dict() for name, part in parts.items()}))
-        if step == total or stop:
+        if due or watch.stop and not bad:             # last, so that nothing of this step is missing after a resume
+            info = dict(arguments=vars(args), step=step, epoch=step / steps_per_epoch, stats_images=stats_images if due else None)
+            weights = {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            saver.save(step, weights, dict(state, step=step, arguments=vars(args), running=common.gather_mean(log.running)))
+        if step == total or watch.stop:
             break
 
         # ---- one step ------------------------------------------------------------------------------------------------
@@ -387,13 +350,10 @@ def main():
         for i in range(args.accum):
             part = slice(i * micro_batch, (i + 1) * micro_batch)
             x, position = common.from_uint8(batch["image"][part]), batch["position"][part]
-            shape = (vae.channels, vae.latent_size, vae.latent_size)
-            t = mapper_noise = None
-            if args.noise:
-                t = mapper_times(args.seed, position, args.noise_kind)
-                mapper_noise = normal(args.seed, "mapper noise", position, shape)
+            noise, mapper_noise = (normal(args.seed, name, position, shape) for name in ("posterior", "mapper noise"))
+            t = mapper_times(args.seed, position, args.noise and args.noise_kind)
             with common.autocast(device, precision), common.sync_gradients(forward, i == args.accum - 1):
-                y, mean, logvar, tokens = forward(x, normal(args.seed, "posterior", position, shape), t, mapper_noise)
+                y, mean, logvar, tokens = forward(x, noise, t, mapper_noise)
                 terms = {}
                 if mapper is not None:
                     with torch.no_grad():
@@ -414,28 +374,21 @@ def main():
                 (loss / args.accum).backward()
             for k, term in terms.items():
                 losses[names.index(k)] += term.detach() / args.accum
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(args, step, total)
-        losses[6] = guard.step(losses[:5], step)
         for i, (x, y) in enumerate(fakes):
             with common.autocast(device, precision), common.sync_gradients(judge, i == args.accum - 1):
                 loss = hinge_loss(judge(x), judge(y))
                 (loss / args.accum).backward()
             losses[5] += loss.detach() / args.accum
-        if gan:
-            disc_optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total)
-            disc_guard.step(losses[5:6], step)
-        if args.ema:
-            common.ema_update(ema, net, args.ema)
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(args, step, total)
+        watch.end_step()
+        losses[6] = guard.step(losses[:6], step)
+        common.ema_update(ema, net, args.ema)
         active = [*terms, *["disc"] * (gan > 0), "grad_norm"]
-        log.add(losses)
-        log.bar.update()
+        log.add(losses, guard.finite)
         # --------------------------------------------------------------------------------------------------------------
-    log.bar.close()
     saver.close()
-    if step < total:
-        return say(f"stopped   by a signal at step {step}; the same command goes on from the last checkpoint in {args.out}")
-    say(f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
+    log.close(step, f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
 
 
 if __name__ == "__main__":

@@ -245,8 +245,6 @@ def make_file_list():
 def read_file_list():
     data = common.ImageSet("pictures")
     item = common.Batches(data, 3, 0, 8)[1]
-    if isinstance(item, models.UserError):
-        raise item
     return dict(names=data.names, labels=data.labels, classes=data.classes, fingerprint=data.fingerprint, smallest=data.smallest,
                 image=item["image"], label=item["label"])
 
@@ -266,7 +264,7 @@ def read_latents():
     sizes = [os.path.getsize(f) for f in ("latents.npy", "done.npy")]
     array, done, todo = common.resumable_array(".", "latents.npy", np.float16, ROWS, 4)
     assert (array.shape, array.dtype, done.shape) == (ROWS, np.float16, (3,)) and set(todo) <= {0, 1, 2}
-    latent = train_sit.LatentCache(".").read(np.arange(10), np.arange(10) % 2 == 0)["latent"]
+    latent = train_sit.read_latents(".", np.arange(10), np.arange(10) % 2 == 0)["latent"]
     assert latent.shape == (10, 2, 1, 2, 2) and sizes == [os.path.getsize(f) for f in ("latents.npy", "done.npy")]
     return {}
 

@@ -42,8 +42,7 @@ def test_a_kill_between_the_set_and_the_end_of_its_parts(sit, inside, capsys):
     words = ["--sit", sit, "--num", 3, "--steps", 2, "--precision", "fp32", "--out", "set.npz"]
     script(sample, *words)
     whole = open("set.npz", "rb").read()
-    common.lock("set.npz.parts")
-    common.unlock("set.npz.parts")
+    os.close(common.lock("set.npz.parts"))
     script(sample, *words)
     assert open("set.npz", "rb").read() == whole and sorted(os.listdir()) == ["set.npz"]
     assert "already there, with other settings" in refused(capsys, sample, *words, "--seed", 1)
@@ -165,12 +164,12 @@ def test_one_process_s_error_is_on_the_terminal(pictures, inside):
     shutil.copytree(pictures, "p")
     batches = common.Batches(common.ImageSet("p"), 8, 0, 32)
     batches.world, batches.rank = 2, 1
-    path = batches.data.path(int(batches[0]["index"][0])).decode()
+    path = batches.data.path(int(batches[0]["index"][0]))
     open(path, "wb").close()
     run = start(2, "train_vae", *VAE, "--data", "p", "--align", "none", "--gan", 0, "--steps", 3, cwd=inside, timeout=20)
     assert run.wait(120) != 0
     text = (inside / "output.txt").read_text()
-    assert f"error: cannot read the picture {path}" in text and "Traceback" not in text.split("failed (exitcode")[0], text
+    assert f"error: cannot read the picture {path!r}" in text and "Traceback" not in text.split("failed (exitcode")[0], text
 
 
 def test_a_set_that_is_stopped_goes_on(sit, tmp_path):

@@ -1,4 +1,6 @@
 """The mathematics, each against an independent formula: draws, crop, flow, samplers, losses, averages, networks."""
+import argparse
+import json
 import math
 import threading
 import time
@@ -104,6 +106,18 @@ def test_uint8_and_back():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
     y = common.from_uint8(x)
     assert y.min() == -1 and y.max() == 1 and torch.equal(common.to_uint8(y), x)
+
+
+def test_a_grid_shows_every_pixel(tmp_path):
+    """Pictures of 32 pixels are enlarged fourfold, on white."""
+    rows = torch.arange(2 * 3 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 3, 32, 32)
+    common.save_grid(str(tmp_path / "a.png"), rows)
+    x = np.asarray(Image.open(tmp_path / "a.png"))
+    assert x.shape == (2 * 136 + 8, 3 * 136 + 8, 3) and (x[:8] == 255).all() and (x[:, -8:] == 255).all()
+    for i in range(2):
+        for j in range(3):
+            cell = x[8 + 136 * i:136 * (i + 1), 8 + 136 * j:136 * (j + 1)]
+            assert np.array_equal(cell, np.repeat(np.repeat(rows[i, j].permute(1, 2, 0).numpy(), 4, 0), 4, 1))
 
 
 # ---- flow: velocity, score, samplers on a Gaussian, where all is known ------------------------------------------------
@@ -218,28 +232,57 @@ def test_ema_is_its_closed_form():
 
 def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
     """Steps 1 and 2 have a gradient that is not finite, step 4 a loss (with finite gradients); the rest is as if they had
-    not been."""
+    not been. More than two in a row, or a bad last step, stop a run."""
+    args = argparse.Namespace(out="nowhere", max_bad_steps=2)
+
     def run(factors, skip=()):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.Conv2d(2, 1, 1))
-        guard = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0)
+        guard, finite = common.Guard(net, torch.optim.AdamW(net.parameters(), lr=0.1, fused=True), 1.0), []
         for step, factor in enumerate(factors):
             if step not in skip:
                 x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step))
                 loss = net(x * factor if factor != "loss" else x).square().mean()
                 loss.backward()
                 guard.step(torch.stack([loss.detach() if factor != "loss" else loss.detach() * torch.inf, torch.ones(())]), step)
-        return guard, net.state_dict()
+                finite.append(guard.finite.item())
+        return guard, net.state_dict(), finite
 
-    guard, state = run([1.0, float("nan"), float("inf"), 1.0, "loss", 1.0])
-    _, want = run([1.0] * 6, skip=(1, 2, 4))
+    bad = float("nan")
+    guard, state, finite = run([1.0, bad, float("inf"), 1.0, "loss", 1.0])
+    _, want, _ = run([1.0] * 6, skip=(1, 2, 4))
+    assert finite == [True, False, False, True, False, True]
     for name in ("0.running_mean", "0.running_var", "0.weight", "1.weight", "1.bias"):
         assert torch.equal(state[name], want[name]), name
-    assert guard.look(["flow", "repa"], 2, "nowhere") == (3, False)
-    assert guard.look(["flow", "repa"], 2, "nowhere") == (0, False)      # counted once
-    guard, _ = run([1.0, float("nan"), float("nan")])
-    with pytest.raises(models.UserError, match="2 steps in a row, the last one 2, were not finite .flow, gradient norm.*none yet"):
-        guard.look(["flow", "repa"], 1, "nowhere")
+    names = ["flow", "repa", "grad_norm"]
+    assert guard.look(args, names, final=True) is False
+    guard = run([1.0, "loss"])[0]
+    assert guard.look(args, names, final=False) is True
+    with pytest.raises(models.UserError, match="1 steps in a row, the last one 1, were not finite .flow. and did"):
+        guard.look(args, names, final=True)
+    with pytest.raises(models.UserError, match="3 steps in a row, the last one 3, were not finite .flow, grad_norm.*none yet"):
+        run([1.0, bad, bad, bad, 1.0])[0].look(args, names, final=False)           # though the step after them was good
+
+
+def test_each_group_of_parameters_is_clipped_by_itself():
+    a, b = (torch.nn.Parameter(torch.tensor([x])) for x in (3.0, 40.0))
+    guard = common.Guard(torch.nn.Module(), torch.optim.SGD([dict(params=[a]), dict(params=[b])], lr=1.0, fused=True), 1.0)
+    (a.square() / 2 + b.square() / 2).sum().backward()
+    norm = guard.step(torch.ones(1), 0)
+    assert norm == 3 and (a.item(), b.item()) == pytest.approx((2, 39), abs=1e-5)
+
+
+def test_means_of_metrics_are_over_good_steps(inside):
+    """A loss that is 0 is written too; one that is not in use is not."""
+    log = common.RunLog(argparse.Namespace(out="run", batch_size=4, accum=1), ["flow", "disc", "kl", "grad_norm"], None, 0, 9, 2.0, "cpu")
+    losses, wrong = torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([torch.nan, 0.0, 5.0, torch.inf])
+    for x, good in ((losses, True), (wrong, False), (wrong, False), (3 * losses, True)):
+        log.add(x, torch.tensor(good))
+    log.line(4, ["flow", "disc", "grad_norm"])
+    with open("run/metrics.jsonl") as file:
+        line = json.loads(file.read())
+    assert line.pop("images_per_s") > 0
+    assert line == dict(step=4, epoch=2.0, flow=2.0, disc=0.0, grad_norm=6.0, bad_steps=2)
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------

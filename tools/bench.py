@@ -69,7 +69,7 @@ def plain_ema(ema, model, decay):
 
 
 def plain_update(guard, losses, step):
-    total = torch.nn.utils.clip_grad_norm_(guard.params, guard.limit)
+    total = torch.nn.utils.clip_grad_norm_(guard.optimizer.param_groups[0]["params"], guard.limit)
     guard.optimizer.step()
     guard.optimizer.zero_grad(set_to_none=True)
     return total
