@@ -771,7 +771,7 @@ def lock(folder, wait=False):
             say(f"waiting for another process that writes into {folder}")
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+            raise UserError(f"cannot write into {folder}: {error.strerror}; name another with --out, for latents --cache") from None
         for inside in (folder, os.path.join(folder, "checkpoints")):
             for path in glob.glob(os.path.join(glob.escape(inside), "*.tmp")):
                 os.remove(path)
@@ -862,7 +862,7 @@ def resume(args, free, parts, total, device):
         for path in list_checkpoints(args.out) if rank() == 0 else ():
             os.remove(path)
         return 0, None
-    saved, free = state["arguments"], free | FREE
+    saved, free = {"vae_hash": state.get("vae_hash")} | state["arguments"], free | FREE        # where older SiT runs have it
     if args.lr_schedule == "cosine":
         free = free - {"steps", "epochs"}                   # the rate of every step depends on the last one's number
     differ = [f"--{k.replace('_', '-')} was {saved[k]} and is now {v}" for k, v in vars(args).items()

@@ -74,7 +74,7 @@ def test_attention_and_group_norm_in_bf16_on_a_cpu_are_those_of_fp32():
     torch.manual_seed(0)
     q, k, v, g = (torch.randn(2, 3, 50, 16).bfloat16() for _ in range(4))
     x, gx = (torch.randn(3, 24, 6, 10).bfloat16().to(memory_format=torch.channels_last) + 0.5 for _ in range(2))
-    norm = models.norm(24, 4)
+    norm = models.GroupNorm(24, 4)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     for fast, exact, inputs, grad in (
             (models.attention, F.scaled_dot_product_attention, (q, k, v), g),

@@ -277,6 +277,7 @@ def test_report_correlates_measures_with_distances(inside):
 
 
 def test_remarks_stand_in_their_section_and_open_directions_are_named(inside, monkeypatch, capsys):
+    monkeypatch.setattr(report, "REMARKS", {})
     distances = dict(send=2.0, plain=1.0, shuffled=1.0)
     left_by({(v, 0, 300, ""): d for v, d in distances.items()}, dict(plain=dict(align="none")))
     text = written()
