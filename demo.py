@@ -1,4 +1,4 @@
-"""All of Send-VAE in about ten minutes on two CPU cores, with nothing downloaded. Also the tutorial: each command it runs is
+"""All of Send-VAE in five to ten minutes on two CPU cores, with nothing downloaded. Also the tutorial: each command it runs is
 printed first, and can be typed by hand.
 
     python demo.py                                  # draws 6,600 pictures of objects, trains every stage on them

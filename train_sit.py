@@ -97,11 +97,19 @@ def cache_latents(vae, data, flip, args, device, precision):
     return folder
 
 
-def read_latents(folder, index, flip):
-    """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std) from a folder that
-    cache_latents filled."""
-    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
-    return dict(latent=torch.from_numpy(latents[index, flip.astype(np.int64)]))
+class LatentCache:
+    """Reads a folder that cache_latents filled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @functools.cached_property
+    def latents(self):                                      # at the first batch of each loader process: it cannot be handed on
+        return np.load(os.path.join(self.folder, "latents.npy"), mmap_mode="r")
+
+    def read(self, index, flip):
+        """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std)."""
+        return dict(latent=torch.from_numpy(self.latents[index, flip.astype(np.int64)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ def main():
     vae = load_vae(args.vae, device).to(memory_format=common.layout(device, precision))
     data = common.ImageSet(args.data, args.check_data, args.skip_bad)
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}")
-    cache = cache_latents(vae, data, args.flip, args, device, precision)
+    cache = LatentCache(cache_latents(vae, data, args.flip, args, device, precision))
 
     # Models
     patch = args.patch or max(1, 16 // vae.factor)
@@ -180,8 +188,7 @@ def main():
             yield ids, draw(ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0)
 
     log = common.RunLog(args, names, running, start, total, steps_per_epoch, device)
-    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip,
-                             functools.partial(read_latents, cache))
+    dataset = common.Batches(data, args.batch_size, args.seed, vae.resolution if args.repa else None, args.flip, cache.read)
     stream = iter(common.batches(dataset, range(start, total), args.workers, device))
     shape = (vae.channels, vae.latent_size, vae.latent_size)
     watch, saver = common.Watch(args.timeout), common.Saver(args.out, args.keep_every)

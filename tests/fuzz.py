@@ -264,7 +264,7 @@ def read_latents():
     sizes = [os.path.getsize(f) for f in ("latents.npy", "done.npy")]
     array, done, todo = common.resumable_array(".", "latents.npy", np.float16, ROWS, 4)
     assert (array.shape, array.dtype, done.shape) == (ROWS, np.float16, (3,)) and set(todo) <= {0, 1, 2}
-    latent = train_sit.read_latents(".", np.arange(10), np.arange(10) % 2 == 0)["latent"]
+    latent = train_sit.LatentCache(".").read(np.arange(10), np.arange(10) % 2 == 0)["latent"]
     assert latent.shape == (10, 2, 1, 2, 2) and sizes == [os.path.getsize(f) for f in ("latents.npy", "done.npy")]
     return {}
 

@@ -77,11 +77,16 @@ def pytorch_fid(files, weights):
     return clock() - start
 
 
+def link(files, folder):
+    """Makes `folder` one of these files, in their order."""
+    for i, path in enumerate(files):
+        os.symlink(os.path.abspath(path), os.path.join(folder, f"{i:05d}{os.path.splitext(path)[1]}"))
+
+
 def throughput(args, files):
     """One folder of `files` for all; the tools take turns, each in a new process, and the fastest turn counts."""
     with tempfile.TemporaryDirectory() as folder:
-        for i, path in enumerate(files):
-            os.symlink(os.path.abspath(path), os.path.join(folder, f"{i:05d}{os.path.splitext(path)[1]}"))
+        link(files, folder)
         times, memory = {tool: [] for tool in TOOLS}, {}
         for tool in TOOLS * args.turns:
             words = ["-m", "tools.bench_fid", "--tool", tool, "--data", folder, "--weights", args.weights]
@@ -101,8 +106,7 @@ def agreement(args, files, ref_files):
     with tempfile.TemporaryDirectory() as folder:
         for name, paths in (("a", files), ("b", ref_files)):
             os.mkdir(f"{folder}/{name}")
-            for i, path in enumerate(paths):
-                os.symlink(os.path.abspath(path), f"{folder}/{name}/{i:05d}{os.path.splitext(path)[1]}")
+            link(paths, f"{folder}/{name}")
         command = [sys.executable, "fid.py", f"{folder}/a", "--ref", f"{folder}/b", "--inception-weights", args.weights,
                    "--out", f"{folder}/ours.json", "--device", "cpu"]
         subprocess.run(command, check=True, capture_output=True)
@@ -155,7 +159,7 @@ def resizes(args):
 
 def chosen(data, num):
     """Paths of `num` pictures of a set, evenly spaced."""
-    return [os.fsdecode(data.path(i)) for i in np.arange(num) * len(data) // num]
+    return [data.path(i) for i in np.arange(num) * len(data) // num]
 
 
 def main():
@@ -174,7 +178,7 @@ def main():
         return neighbours(args)
     data = common.ImageSet(args.data)
     if args.tool:
-        files = [os.path.join(args.data, os.fsdecode(name)) for name in data.names]
+        files = chosen(data, len(data))
         measure = dict(zip(TOOLS, (fid_py, torch_fidelity, pytorch_fid)))[args.tool]
         return print(*measure(files, args.weights), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     with tempfile.TemporaryDirectory() as folder:
