@@ -32,15 +32,17 @@ SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
 # VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` only
-SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000), compare=750),
-             quick=dict(base=2000, tune=1500, points=(250, 500), compare=500))
+SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 2000), compare=750),
+             quick=dict(base=3000, tune=3500, points=(250, 500, 750), compare=750))
 
-# question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps
+# question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps, `plain_short` for SHORT of the tuning's: as many
+# as give it the PSNR of `send` (found by trying)
+SHORT = 0.44
 QUESTIONS = dict(                                           # in the order in which they are run
     main=dict(plain=("base", "--align none"), send=("base", MAPPER)),
     seeds=dict(plain_s1=("base", "--align none --seed 1"), send_s1=("base", f"{MAPPER} --seed 1"),
                plain_s2=("base", "--align none --seed 2"), send_s2=("base", f"{MAPPER} --seed 2")),
-    controls=dict(shuffled=("base", f"{MAPPER} --shuffle-targets"), base=None),
+    controls=dict(shuffled=("base", f"{MAPPER} --shuffle-targets"), base=None, plain_short=("base", "--align none")),
     teacher=dict(random_teacher=("base", MAPPER + " --vfm-weights {out}/random.safetensors")),
     noise=dict(no_noise=("base", f"{MAPPER} --no-noise")),
     depth=dict(depth0=("base", f"{MAPPER} --mapper-depth 0"), depth2=("base", f"{MAPPER} --mapper-depth 2"),
@@ -116,7 +118,8 @@ def plan(args, out, size):
                 init, flags = how
                 if init and f"vae {init}" not in jobs:
                     add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
-                add_vae(vae, init, flags, size["tune"] + (0 if init else size["base"]), 1e-3 if init else 2e-3)
+                steps = int(size["tune"] * SHORT) if vae == "plain_short" else size["tune"] + (0 if init else size["base"])
+                add_vae(vae, init, flags, steps, 1e-3 if init else 2e-3)
         for vae in QUESTIONS[question]:
             add_judge(vae)
             for seed in range(args.seeds if question == "main" else min(args.seeds, 1)):
@@ -132,15 +135,15 @@ def plan(args, out, size):
 
 
 def add_chain(jobs, args, out, size, judge, vae, seed, kind, flags):
-    """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `plain` and `send` also get
-    a guided set and, to see what the draw itself is worth, another set of the same SiT."""
+    """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `plain` and `send` (without
+    REPA) have several points, and get a guided set and, to see what the draw itself is worth, another set of the same SiT."""
     run, steps, sets = f"{out}/sit_{vae}{kind}_{seed}", [], []
 
     def draw(n, suffix, flags, draw_seed):
         sets.append(f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}.npz")
         steps.append((f"sample.py --sit {run} {SAMPLER} {flags} --seed {draw_seed} --out {sets[-1]}", sets[-1]))
 
-    main = vae in QUESTIONS["main"]
+    main = vae in QUESTIONS["main"] and not kind
     for n in size["points"] if main else [size["compare"]]:
         steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
                       f"--out {run}", f"{out}/samples/{vae}{kind}_{seed}_{n}.npz"))
