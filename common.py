@@ -153,6 +153,14 @@ def positive(text):
     return natural(text, least=1)
 
 
+def parse(parser, argv=None):
+    """The arguments; --help names the default of every flag that has one."""
+    for action in parser._actions:
+        if not any(action.default is value for value in (None, False, argparse.SUPPRESS)) and "default" not in (action.help or ""):
+            action.help = f"{action.help or ''} (default: %(default)s)".strip()
+    return parser.parse_args(argv)
+
+
 def add_run_arguments(parser):
     """The flags that mean the same in every stage."""
     group = parser.add_argument_group("machine")

@@ -41,7 +41,7 @@ def parse_arguments():
     p.add_argument("--vfm", help="any timm model with weights on the hub (default: a small stand-in, trained here)")
     p.add_argument("--vfm-weights", help="local file of its weights")
     p.add_argument("--vfm-stride", type=int, help="for a CNN: stride of the feature map")
-    return p.parse_args()
+    return common.parse(p)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

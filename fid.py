@@ -57,7 +57,7 @@ def parse_arguments(argv=None):
     p.add_argument("--batch-size", type=common.positive, default=16, help="pictures a process takes at once (16 is best on a CPU)")
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     p.add_argument("--workers", type=common.natural, help="loader processes per process (default: its share of the cores)")
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

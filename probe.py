@@ -50,7 +50,7 @@ def parse_arguments(argv=None):
     p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     p.add_argument("--workers", type=int, help="loader processes per process (default: its share of the cores)")
     p.add_argument("--seed", type=int, default=0, help="of splits that are not published, subsets and resamplings")
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
     g.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1: none")
     g.add_argument("--interval", type=float, nargs=2, default=[0.0, 0.75], metavar=("LO", "HI"), help="times with guidance")
     common.add_run_arguments(p)
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def parse_arguments(argv=None):
     g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
     common.add_training_arguments(p, "runs/sit", batch_size=256, epochs=80, lr=1e-4, ema=0.9999, log_every=100, sample_every=10000,
                                   save_every=5000, fid="FID of EMA samples without guidance", fid_ref="--data")
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def parse_arguments(argv=None):
     g.add_argument("--probe-data", help="folder of a benchmark (see probe.py): F1 of a small probe on its attributes")
     common.add_training_arguments(p, "runs/vae", batch_size=1024, epochs=80, lr=3e-4, ema=0.999, log_every=50, sample_every=1000,
                                   save_every=1000, fid="rFID of EMA reconstructions of --val", fid_ref="--val")
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -511,3 +511,11 @@ def test_runs_of_older_versions_are_refused_by_a_sentence(inside, pictures, vfm_
     torch.save({k: v for k, v in state.items() if k != "ema"}, path)
     message = refused(capsys, train_vae, *words, "--steps", 2)
     assert "runs/vae cannot be read as a run of this version of the code; begin anew with --overwrite (KeyError: 'ema')" in message
+
+
+def test_help_names_every_default(capsys):
+    for stage, words in ((train_vae, "--gan GAN (default: 0.1)"), (train_sit, "--lr LR (default: 0.0001)"),
+                         (sample, "--cfg CFG guidance scale; 1: none (default: 2.5)")):
+        with pytest.raises(SystemExit) as end:
+            stage.parse_arguments(["--help"])
+        assert end.value.code == 0 and words in " ".join(capsys.readouterr().out.split())

@@ -75,7 +75,7 @@ def parse_arguments(argv=None):
     p.add_argument("--list", action="store_true", help="print the commands, run nothing")
     p.add_argument("--paper", choices=list(paper.TABLES), help="print the commands of one of the paper's tables")
     p.add_argument("--report", action="store_true", help="write RESULTS.md and its figures from what is there (tools/report.py)")
-    return p.parse_args(argv)
+    return common.parse(p, argv)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
