@@ -228,12 +228,13 @@ def existing(results, vaes):
 
 
 def table(results, paper):
-    yield from head("VAE", "paper's gFID", "distance, classifier", "distance, target's own", "class probe, %", "attribute F1",
-                    "PSNR, dB", "floor, classifier", "floor, target's own")
+    late = results.points[-1]
+    yield from head("VAE", "paper's gFID", "distance, classifier", "distance, target's own", f"classifier, step {late}",
+                    "class probe, %", "attribute F1", "PSNR, dB", "floor, classifier", "floor, target's own")
     for v, theirs in paper.items():
         probed = results.probe(v, "class probe")
         distances = (interval(results.sets(v, key=k).values()) for k in ("classifier", "target"))
-        yield row(v, cell(theirs, ".2f"), *distances, cell(probed and [100 * x for x in probed], ".1f"),
+        yield row(v, cell(theirs, ".2f"), *distances, interval(results.sets(v, late).values()), cell(probed and [100 * x for x in probed], ".1f"),
                   cell(results.probe(v, "attribute F1"), ".3f"), cell(results.judged(v, "psnr"), ".2f"),
                   *(cell(results.judged(v, f"reconstruction_{k}")) for k in ("classifier", "target")))
 
@@ -307,14 +308,11 @@ def baselines(results):
     return f"Class probe without a VAE: {', '.join(rows)}." if rows else ""
 
 
-def predictors(results, vaes):
-    """Section 8's table: correlations with the distance, over all VAEs and among the aligned ones."""
-    distances = {v: float(np.mean(list(results.sets(v).values()))) for v in vaes if results.sets(v)}
+def predictors(results, vaes, step):
+    """A table of section 8: correlations with the distance at this step, over all VAEs and among the aligned ones."""
+    distances = {v: float(np.mean(list(results.sets(v, step).values()))) for v in vaes if results.sets(v, step)}
     rows = {v: results.measures(v) for v in distances}
-    yield (f"Pearson's and Spearman's correlation with the distance at step {results.compare} (classifier's features), [95% "
-           "interval over resampled VAEs], (number of VAEs). Aligned: without plain VAEs and without the controls of sections 4 and "
-           "10. Paper: -0.957 (Pearson) between DeepFashion top-5 recall and gFID over six VAEs. " + baselines(results))
-    yield ""
+    yield from [f"At step {step}:", ""]
     yield from head("measure", "all: Pearson", "all: Spearman", "aligned: Pearson", "aligned: Spearman")
     groups, strength = (list(rows), [v for v in rows if results.kind(v) == "aligned"]), ({}, {})
     for measure in (*PROBED, *JUDGED):
@@ -350,11 +348,12 @@ def costs(results, vaes):
 
 
 def shapes(results, vaes):
-    yield from head("VAE", "distance, classifier", *PROBED, *JUDGED)
+    late = results.points[-1]
+    yield from head("VAE", "distance, classifier", f"the same, step {late}", *PROBED, *JUDGED)
     for v in vaes:
         values = results.measures(v)
         if any(x is not None for x in values.values()):
-            yield row(v, interval(results.sets(v).values()), *map(cell, values.values()))
+            yield row(v, *(interval(results.sets(v, n).values()) for n in (None, late)), *map(cell, values.values()))
 
 
 def held_quality(results):
@@ -482,7 +481,8 @@ def intro(args, results, size, vaes):
         f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures "
         f"from scratch (`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` "
         "with one thing changed, `_s1` and `_s2` another seed of the tuning, `plain_short` less of it. SiT of depth 6, width 192, patch 2, steps of 64, no "
-        f"REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}.", "",
+        f"REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}"
+        + f" and, with one SiT each, at step {size['points'][-1]}" * (not args.quick) + ".", "",
         "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment "
         "target's own pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test "
         "pictures. ± is half a 95% t-interval over SiT seeds (their number).", "",
@@ -505,7 +505,12 @@ def write(args, out, size, vaes, classes, attributes, path):
     if not args.quick:
         for number in range(2, 8):
             lines += [*section(results, number, unsettled), *remark(number)]
-        lines += ["## 8. Does the probe predict?", "", *predictors(results, vaes), ""]
+        lines += ["## 8. Does the probe predict?", "",
+                  "Pearson's and Spearman's correlation with the distance in the classifier's features, [95% interval over resampled "
+                  "VAEs], (number of VAEs). Aligned: without plain VAEs and without the controls of sections 4 and 10. Paper: -0.957 "
+                  "(Pearson) between DeepFashion top-5 recall and gFID over six VAEs. " + baselines(results), ""]
+        for step in (results.compare, results.points[-1]):
+            lines += [*predictors(results, vaes, step), ""]
         if sum(bool(results.sets(v) and results.probe(v, "class probe")) for v in vaes) >= 4:       # as for a correlation
             draw_probe(results, vaes, "docs/probe.png")
             lines += ["![distance over class probe](docs/probe.png)", ""]

@@ -31,7 +31,8 @@ MAPPER = f"{TEACHER} --mapper-patch 1 --mapper-width 192 --mapper-hidden 256"
 SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr 1e-3 --ema 0.995 --preview-n 1 --preview-steps 10 "
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
-# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` only
+# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare`, and
+# one SiT on each at the last
 SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 2000), compare=750),
              quick=dict(base=3000, tune=3500, points=(250, 500, 750), compare=750))
 
@@ -82,7 +83,7 @@ def parse_arguments(argv=None):
 # Jobs: name -> (names of jobs to wait for, [(command, file that shows it is done)])
 
 def plan(args, out, size):
-    """All jobs, the more urgent first: breadth (every VAE with one SiT) before depth (more SiT seeds), `main` before all."""
+    """All jobs, the more urgent first: `main` before all, then breadth (every VAE with one SiT), more SiT seeds, longer runs."""
     teacher = f" --vfm-weights {args.vfm_weights}" if args.vfm_weights else ""
     judge = f"{TEACHER}{teacher} --data {args.data} --classifier {out}/classifier.pt"
     data = f"--data {args.data}/train --val {args.data}/test"
@@ -108,9 +109,30 @@ def plan(args, out, size):
              f"{out}/probe_{vae}_attributes/result.json")]
 
     def add_chains(vae, seed):
-        add_chain(jobs, args, out, size, judge, vae, seed, "", "--repa 0")
-        if args.repa and vae in ("plain", "send"):
-            add_chain(jobs, args, out, size, judge, vae, seed, "-repa", f"--repa 0.5 --repa-block 4 {TEACHER}{teacher}")
+        main = vae in QUESTIONS["main"]
+        add_chain(f"sit {vae} {seed}", [f"vae {vae}"], vae, seed, "", "--repa 0", size["points"] if main else [size["compare"]], main)
+        if args.repa and main:
+            repa = f"--repa 0.5 --repa-block 4 {TEACHER}{teacher}"
+            add_chain(f"sit {vae}-repa {seed}", [f"vae {vae}"], vae, seed, "-repa", repa, [size["compare"]])
+
+    def add_chain(name, after, vae, seed, kind, flags, points, more=False):
+        """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `more`: also a guided set
+        at the last and, to see what the draw itself is worth, another set of the same SiT."""
+        run, steps, sets = f"{out}/sit_{vae}{kind}_{seed}", [], []
+
+        def draw(suffix, flags, draw_seed):
+            sets.append(f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}.npz")
+            steps.append((f"sample.py --sit {run} {SAMPLER} {flags} --seed {draw_seed} --out {sets[-1]}", sets[-1]))
+
+        for n in points:
+            steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
+                          f"--out {run}", f"{out}/samples/{vae}{kind}_{seed}_{n}.npz"))
+            draw("", "--cfg 1", seed)
+        if more:
+            draw("-guided", "--cfg 1.5 --interval 0 1", seed)
+            draw("-again", "--cfg 1", seed + 100)
+        steps.append((f"-m tools.judge samples {' '.join(sets)} {judge}", sets[-1].replace(".npz", ".json")))
+        jobs[name] = [*after, "classifier"], steps
 
     for question in (q for q in QUESTIONS if q in args.only):
         for vae, how in QUESTIONS[question].items():
@@ -128,31 +150,12 @@ def plan(args, out, size):
         for question in (q for q in QUESTIONS if q in args.only and q != "main"):
             for vae in QUESTIONS[question]:
                 add_chains(vae, seed)
+    for vae in (v for q in QUESTIONS if q in args.only and q != "main" for v in QUESTIONS[q]):
+        add_chain(f"late {vae} 0", [f"sit {vae} 0"], vae, 0, "", "--repa 0", size["points"][-1:])
     if "main" in args.only:
         jobs["latents"] = ["vae plain", "vae send"], [(f"-m tools.judge latents {out}/vae_plain {out}/vae_send --data {args.data} "
                                                        f"--out {out}/latents.png", f"{out}/latents.png")]
     return jobs
-
-
-def add_chain(jobs, args, out, size, judge, vae, seed, kind, flags):
-    """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `plain` and `send` (without
-    REPA) have several points, and get a guided set and, to see what the draw itself is worth, another set of the same SiT."""
-    run, steps, sets = f"{out}/sit_{vae}{kind}_{seed}", [], []
-
-    def draw(n, suffix, flags, draw_seed):
-        sets.append(f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}.npz")
-        steps.append((f"sample.py --sit {run} {SAMPLER} {flags} --seed {draw_seed} --out {sets[-1]}", sets[-1]))
-
-    main = vae in QUESTIONS["main"] and not kind
-    for n in size["points"] if main else [size["compare"]]:
-        steps.append((f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
-                      f"--out {run}", f"{out}/samples/{vae}{kind}_{seed}_{n}.npz"))
-        draw(n, "", "--cfg 1", seed)
-    if main:
-        draw(n, "-guided", "--cfg 1.5 --interval 0 1", seed)
-        draw(n, "-again", "--cfg 1", seed + 100)
-    steps.append((f"-m tools.judge samples {' '.join(sets)} {judge}", sets[-1].replace(".npz", ".json")))
-    jobs[f"sit {vae}{kind} {seed}"] = [f"vae {vae}", "classifier"], steps
 
 
 def run_job(name, commands, threads, out):
