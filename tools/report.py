@@ -480,8 +480,8 @@ def intro(args, results, size, vaes):
         f"Written by `python -m tools.study{' --quick' * args.quick} --report`; every number is read from the runs' files.", "",
         f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures "
         f"from scratch (`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` "
-        "with one thing changed, `_s1` and `_s2` another seed of the tuning, `plain_short` less of it. SiT of depth 6, width 192, patch 2, steps of 64, no "
-        f"REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}"
+        "with one thing changed, `_s1` and `_s2` another seed of the tuning, `plain_short` less of it. SiT of depth 6, width 192, "
+        f"patch 2, steps of 64, no REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}"
         + f" and, with one SiT each, at step {size['points'][-1]}" * (not args.quick) + ".", "",
         "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment "
         "target's own pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test "
