@@ -175,6 +175,8 @@ def test_attributes_are_in_awa2s_form(tmp_path):
         os.makedirs(tmp_path / "train" / name)
         for i in range(10):
             (tmp_path / "train" / name / f"{i}.png").write_bytes(b"x")
+    os.makedirs(tmp_path / "out" / "attributes" / "JPEGImages")
+    os.symlink("/moved/away", tmp_path / "out" / "attributes" / "JPEGImages" / "cat")
     study.write_attributes(str(tmp_path), str(tmp_path / "out"))
     args = probe.parse_arguments([])
     bench = benchmarks.read_awa2(str(tmp_path / "out" / "attributes"), args)

@@ -13,6 +13,7 @@ runs/study-quick), a log for each job under log/. Kill it at will; the same comm
 """
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import shlex
 import subprocess
@@ -202,8 +203,11 @@ def write_attributes(data, out):
         raise UserError(f"{data}/train: the attribute table is of CIFAR-10's classes, these are {', '.join(found[:5])} ...")
     os.makedirs(f"{folder}/JPEGImages", exist_ok=True)
     for name in CLASSES:
-        if not os.path.islink(f"{folder}/JPEGImages/{name}"):
-            os.symlink(os.path.abspath(f"{data}/train/{name}"), f"{folder}/JPEGImages/{name}")
+        link = f"{folder}/JPEGImages/{name}"
+        if not os.path.exists(link):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(link)                             # to where the data were when a run began
+            os.symlink(os.path.abspath(f"{data}/train/{name}"), link)
     lines = dict(classes=[f"{i + 1}\t{c}" for i, c in enumerate(CLASSES)], predicates=[f"{i + 1}\t{a}" for i, a in enumerate(ATTRIBUTES)])
     lines["predicate-matrix-binary"] = [" ".join(row) for row in zip(*ATTRIBUTES.values())]
     for name, text in lines.items():
