@@ -194,7 +194,7 @@ def test_report_has_means_intervals_and_speed_up(inside):
         json.dump(wrong, file)
     text = written()
     assert "| plain | 11.40 | 3.1 ± 0.25 (3) | 31 ± 2.5 (3) |" in text          # t(0.975, 2) 4.303 * std 0.1 / sqrt(3)
-    assert ("- send 2.1, plain 3.1, 32% lower (paper: 34% lower); difference 1, over SiT seeds [0.773, 1.23]. The direction "
+    assert ("- Step 300: send 2.1, plain 3.1, 32% lower (paper: 34% lower); difference 1, over SiT seeds [0.773, 1.23]. The direction "
             "agrees." in text)
     # seed s of send is at plain's last mean 3.1 at step 190 + 10 s; 300 / (190, 200, 210) are 1.579, 1.5, 1.429 times faster
     assert "(3.1) at step 200 ± 25 (3), 3 of 3 SiTs: 1.5 ± 0.19 (3) times faster" in text
@@ -242,7 +242,7 @@ def test_report_counts_draw_sit_seeds_and_vae_seeds_separately(inside):
     assert f"over VAE seeds (3 and 3) 2 [{2 - half:.3g}, {2 + half:.3g}]. The direction agrees." in text
     half = stats.t.ppf(0.975, 4) * 0.4 * 2 ** 0.5           # 3.0 against the mean 2.2 of send's SiTs
     assert f"difference 0.8; by the spread of VAE seeds [{0.8 - half:.3g}, {0.8 + half:.3g}]. The direction is open" in text
-    assert "- send against base: not measured yet." in text and "- missing: base" in text
+    assert "- send against base, step 100: not measured yet." in text and "- missing: base" in text
 
 
 def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):

@@ -113,17 +113,17 @@ class Results:
         control = flags.get("shuffle_targets") or "random" in os.path.basename(flags.get("vfm_weights") or "")
         return "none" if flags["align"] == "none" else "control" if control else "aligned"
 
-    def over_vae_seeds(self, vae, sit_seed=None):
+    def over_vae_seeds(self, vae, sit_seed=None, step=None):
         """A value for each seed of the VAE: the mean over its SiTs, or that of one SiT seed."""
-        found = [self.sets(v) for v in (vae, f"{vae}_s1", f"{vae}_s2")]
+        found = [self.sets(v, step) for v in (vae, f"{vae}_s1", f"{vae}_s2")]
         if sit_seed is not None:
             return [f[sit_seed] for f in found if sit_seed in f]
         return [float(np.mean(list(f.values()))) for f in found if f]
 
-    def run_spread(self):
+    def run_spread(self, step=None):
         """Standard deviation of one SiT on one VAE when the VAE's seed changes (so that of SiT and draw is in it), pooled over
         `plain` and `send`, and its degrees of freedom; None without other VAE seeds."""
-        groups = [g for g in (self.over_vae_seeds(v, 0) for v in ("plain", "send")) if len(g) > 1]
+        groups = [g for g in (self.over_vae_seeds(v, 0, step) for v in ("plain", "send")) if len(g) > 1]
         free = sum(len(g) - 1 for g in groups)
         return (float(np.sqrt(sum(np.var(g) * len(g) for g in groups) / free)), free) if free else None
 
@@ -170,26 +170,26 @@ def lower(a, b):
     return f"{abs(a / b - 1):.0%} {'lower' if a < b else 'higher'}"
 
 
-def verdict(results, smaller, larger, paper):
-    """-> (a sentence on whether `smaller` has the smaller distance, whether that is so beyond doubt). Of the intervals that there
-    are the last decides: over SiT seeds; over VAE seeds or, of a VAE with one seed, by the spread of the pair's VAE seeds."""
-    a, b = (list(results.sets(v).values()) for v in (smaller, larger))
+def verdict(results, smaller, larger, paper, step):
+    """-> (a sentence on whether `smaller` has the smaller distance at this step, whether that is so beyond doubt). Of the intervals
+    that there are the last decides: over SiT seeds; over VAE seeds or, of a VAE with one seed, by the spread of the pair's."""
+    a, b = (list(results.sets(v, step).values()) for v in (smaller, larger))
     if not a or not b:
-        return f"- {smaller} against {larger}: not measured yet.", True
+        return f"- {smaller} against {larger}, step {step}: not measured yet.", True
     difference, low, high = float(np.mean(b) - np.mean(a)), None, None
-    text = f"- {smaller} {np.mean(a):.3g}, {larger} {np.mean(b):.3g}, {lower(np.mean(a), np.mean(b))}"
+    text = f"- Step {step}: {smaller} {np.mean(a):.3g}, {larger} {np.mean(b):.3g}, {lower(np.mean(a), np.mean(b))}"
     if paper.get(smaller) and paper.get(larger):
         text += f" (paper: {lower(paper[smaller], paper[larger])})"
     text += f"; difference {difference:.3g}"
     if min(len(a), len(b)) > 1:
         _, low, high = welch(a, b)
         text += f", over SiT seeds [{low:.3g}, {high:.3g}]"
-    seeds = results.over_vae_seeds(smaller), results.over_vae_seeds(larger)
+    seeds = [results.over_vae_seeds(v, step=step) for v in (smaller, larger)]
     if min(map(len, seeds)) > 1:
         difference, low, high = welch(*seeds)
         text += f"; over VAE seeds ({len(seeds[0])} and {len(seeds[1])}) {difference:.3g} [{low:.3g}, {high:.3g}]"
-    elif results.run_spread():
-        deviation, free = results.run_spread()
+    elif results.run_spread(step):
+        deviation, free = results.run_spread(step)
         half = stats.t.ppf(0.975, free) * deviation * 2 ** 0.5
         low, high = difference - half, difference + half
         text += f"; by the spread of VAE seeds [{low:.3g}, {high:.3g}]"
@@ -465,7 +465,9 @@ def section(results, number, unsettled):
         theirs = ", ".join(f"{v} {gfid:.2f}" for v, gfid in paper.items() if gfid)
         yield from [f"Not measured yet. Paper: {theirs and theirs + ', '}{what}.", ""]
         return
-    found = [verdict(results, *pair, paper) for pair in pairs]
+    steps = dict.fromkeys((results.compare, results.points[-1]))
+    found = [verdict(results, *pair, paper, step) for pair in pairs for step in steps
+             if step == results.compare or all(results.sets(v, step) for v in pair)]
     yield from [*table(results, paper), "", f"Paper: {what}.", "", *(text for text, _ in found), ""]
     if not all(good for _, good in found):
         unsettled.append(number)

@@ -32,8 +32,8 @@ MAPPER = f"{TEACHER} --mapper-patch 1 --mapper-width 192 --mapper-hidden 256"
 SIT = ("--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr 1e-3 --ema 0.995 --preview-n 1 --preview-steps 10 "
        "--sample-every 1000000 --workers 1")
 SAMPLER = "--sampler ode --steps 25 --num 1000"
-# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare`, and
-# one SiT on each at the last
+# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` and
+# at the last
 SIZES = dict(full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 2000), compare=750),
              quick=dict(base=3000, tune=3500, points=(250, 500, 750), compare=750))
 
@@ -151,8 +151,9 @@ def plan(args, out, size):
         for question in (q for q in QUESTIONS if q in args.only and q != "main"):
             for vae in QUESTIONS[question]:
                 add_chains(vae, seed)
-    for vae in (v for q in QUESTIONS if q in args.only and q != "main" for v in QUESTIONS[q]):
-        add_chain(f"late {vae} 0", [f"sit {vae} 0"], vae, 0, "", "--repa 0", size["points"][-1:])
+    for seed in range(args.seeds):
+        for vae in (v for q in QUESTIONS if q in args.only and q != "main" for v in QUESTIONS[q]):
+            add_chain(f"late {vae} {seed}", [f"sit {vae} {seed}"], vae, seed, "", "--repa 0", size["points"][-1:])
     if "main" in args.only:
         jobs["latents"] = ["vae plain", "vae send"], [(f"-m tools.judge latents {out}/vae_plain {out}/vae_send --data {args.data} "
                                                        f"--out {out}/latents.png", f"{out}/latents.png")]
