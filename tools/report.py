@@ -74,7 +74,7 @@ REMARKS = {
        "every step of `plain` still buys quality. Next: the same pair from a base trained ten times as long.",
     10: "Targets shuffled between pictures, the same mapper, noise and weight, leave the latents as `plain` has them in every measure, and "
         "a teacher of random weights (section 4) smooths them (neighbours' correlation) without any gain. Tuning without a teacher to "
-        "`send`'s PSNR gives a tenth of its gain at most. So neither the pull on the encoder nor a softer reconstruction explains it.",
+        "`send`'s PSNR gives an eighth of its gain at most. So neither the pull on the encoder nor a softer reconstruction explains it.",
     11: "VA-VAE's loss gives a higher probe than the mapper and less PSNR, yet a larger distance, as the paper argues of a direct tie. "
         "The two losses' weights are not matched. Next: `vavae` at the weight that gives it `send`'s PSNR.",
     12: "REPA gives less than the seeds differ by; alignment of the VAE gives with REPA what it gives without. A guess: 750 steps of a "
