@@ -49,12 +49,12 @@ REMARKS = {
     1: "Behind at 250 steps in the classifier's features (in the target's own the two are even), ahead from 500 on: why is not known. "
        "Next: sets at 100 to 400 steps, and with a smaller learning rate, to see whether aligned latents are slower in the coarse "
        "statistics that are learned first.",
-    2: "Open, if anything the other way, at step 750, the paper's direction and size at step 2000. A guess: `no_noise` has been pulled "
+    2: "Open, if anything the other way, at step 750; the paper's direction at step 2000. A guess: `no_noise` has been pulled "
        "further by as many steps (its probe is higher and its PSNR lower, as with a larger weight), since its task is the easier one; "
        "that helps at first, and what is left of the picture decides later. Next: three VAE seeds of `no_noise`, and `no_noise` at a "
        "weight that gives it `send`'s PSNR.",
-    3: "At step 750 depth 2 is ahead; at step 2000 the order is the paper's (1, 2, 0), but the differences are not larger than those "
-       "between VAE seeds, so depth stays open, and so does attention: the MLP is as good. The paper's runs are without noise, ours "
+    3: "At step 750 depth 2 is ahead; at step 2000 depth 1 is, as in the paper, but the differences are not larger than those between "
+       "VAE seeds, so depth stays open, and so does attention: the MLP is as good. The paper's runs are without noise, ours "
        "with it, and a deeper mapper can remove some noise before it predicts, so that the encoder need not. Next: three VAE seeds of "
        "each depth, with and without noise.",
     5: "On 8 channels `send_d8` does not get better from step 750 to step 2000: its reconstructions alone are at more than half of that "
