@@ -361,8 +361,8 @@ def costs(results, vaes):
     if all(results.judged(v, "psnr") and results.speed(v) for v in ("plain", "send")):
         psnr, ssim = (results.judged("send", k) - results.judged("plain", k) for k in ("psnr", "ssim"))
         plain, send = (max(results.speed(f"{v}{seed}") or 0 for seed in ("", "_s1", "_s2")) for v in ("plain", "send"))
-        yield (f"Alignment: PSNR {psnr:+.2f} dB, SSIM {ssim:+.3f}, {plain / send:.2f} times the time per step (the fastest of the seeds). Paper: PSNR 27.96 -> "
-               "27.62 (-0.34 dB), SSIM .79 -> .77; it gives no times.")
+        yield (f"Alignment: PSNR {psnr:+.2f} dB, SSIM {ssim:+.3f}, {plain / send:.2f} times the time per step (the fastest of the "
+               "seeds). Paper: PSNR 27.96 -> 27.62 (-0.34 dB), SSIM .79 -> .77; it gives no times.")
     yield "Several runs shared the machine at a time, so pictures/s (of the fastest tenth of each run) compare roughly only."
 
 
@@ -496,14 +496,15 @@ def remark(number):
 
 
 def intro(args, results, size, vaes):
+    late = f" and, with the SiTs that were trained on (their number is in the tables), at step {size['points'][-1]}"
     return [
         "# Results of the small-scale study", "",
         f"Written by `python -m tools.study{' --quick' * args.quick} --report`; every number is read from the runs' files.", "",
         f"Data: {args.data}; vision model tf_efficientnet_lite0, its stride-16 map; VAE f4, {size['base']} steps of 8 pictures "
         f"from scratch (`base`), then {size['tune']} with (`send`) or without (`plain`) alignment; the others are `send` or `plain` "
         "with one thing changed, `_s1` and `_s2` another seed of the tuning, `plain_short` less of it. SiT of depth 6, width 192, "
-        f"patch 2, steps of 64, no REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step {size['compare']}"
-        + f" and, with one SiT each, at step {size['points'][-1]}" * (not args.quick) + ".", "",
+        "patch 2, steps of 64, no REPA unless named; 1,000 samples, 25 Euler steps, no guidance unless said; compared at step "
+        f"{size['compare']}" + late * (not args.quick) + ".", "",
         "Distance: Frechet, in 128 features of a classifier trained on the same data (no VAE saw it), and in the alignment "
         "target's own pooled tokens; smaller is better, neither is FID. Floor: distance of the reconstructions of 2,000 test "
         "pictures. ± is half a 95% t-interval over SiT seeds (their number).", "",

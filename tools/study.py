@@ -13,7 +13,6 @@ runs/study-quick), a log for each job under log/. Kill it at will; the same comm
 """
 import argparse
 import concurrent.futures
-import contextlib
 import os
 import shlex
 import subprocess
@@ -206,8 +205,8 @@ def write_attributes(data, out):
     for name in CLASSES:
         link = f"{folder}/JPEGImages/{name}"
         if not os.path.exists(link):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(link)                             # to where the data were when a run began
+            if os.path.islink(link):                        # to where the data were when a run began
+                os.remove(link)
             os.symlink(os.path.abspath(f"{data}/train/{name}"), link)
     lines = dict(classes=[f"{i + 1}\t{c}" for i, c in enumerate(CLASSES)], predicates=[f"{i + 1}\t{a}" for i, a in enumerate(ATTRIBUTES)])
     lines["predicate-matrix-binary"] = [" ".join(row) for row in zip(*ATTRIBUTES.values())]
