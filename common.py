@@ -237,6 +237,8 @@ def gather_mean(values):
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes. torch's own takes no CPU tensors, and both must give one curve."""
 
+    # Compiled by torch 2.11, the gradient of the layer before this one was 11% off, without a word.
+    @torch.compiler.disable
     def forward(self, x):
         if not self.training:
             return super().forward(x)
@@ -884,8 +886,19 @@ def resume(args, free, parts, total, device):
     with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                match_memory_formats(part)
     say(f"resuming  {args.out} at step {state['step']}")
     return state["step"], state["running"]
+
+
+def match_memory_formats(optimizer):
+    """Gives every moment of an optimiser its parameter's memory format. Fused AdamW walks both in the order of their
+    storage, so a state that was saved in channels_last scrambles the update of contiguous weights, and the reverse."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def newest(name, what, command):

@@ -366,7 +366,7 @@ def reconstructions(vae, lpips, batches, sums):
     """-> (index, reconstructed uint8 (B,3,H,W)); adds PSNR, SSIM, LPIPS (8-bit) and the count to `sums`."""
     for index, x in batches:
         y = common.to_uint8(vae.decode(vae.encode(common.from_uint8(x))[0]))
-        distance = lpips(common.from_uint8(x), common.from_uint8(y)) if lpips else torch.zeros(len(x))
+        distance = lpips(common.from_uint8(x), common.from_uint8(y)) if lpips is not None else torch.zeros(len(x))
         sums += torch.stack([v.to(sums).sum() for v in (psnr(x, y), ssim(x, y), distance, torch.ones(len(x)))])
         yield index, y
 

@@ -152,7 +152,7 @@ def main():
     if args.repa:
         vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, vae.latent_size // patch, args.vfm_stride).to(device)
     torch.manual_seed(args.seed)                            # initial weights only: all other draws are common.normal's
-    net = SiT(args.size, patch, vae.channels, vae.latent_size, len(data.classes), vfm and vfm.dim, args.repa_block,
+    net = SiT(args.size, patch, vae.channels, vae.latent_size, len(data.classes), None if vfm is None else vfm.dim, args.repa_block,
               args.depth, args.width, args.heads).to(device)
     net.grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -172,7 +172,7 @@ def main():
     # Parallel and compiled form; `net` stays the plain module that is saved
     forward = net
     if args.compile if args.compile is not None else device.type == "cuda":
-        forward, vfm = torch.compile(net), vfm and torch.compile(vfm)
+        forward, vfm = torch.compile(net), None if vfm is None else torch.compile(vfm)
     forward = common.parallel(forward)
 
     # What is looked at now and then

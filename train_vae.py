@@ -288,8 +288,9 @@ def main():
     # Parallel and compiled forms; `net` and `disc` stay the plain modules that are saved
     forward, critic = net, disc
     if args.compile if args.compile is not None else device.type == "cuda":
-        forward, critic, vfm, lpips = (m and torch.compile(m) for m in (net, disc, vfm, lpips))
-    forward, judge = common.parallel(forward), critic and common.parallel(critic)         # critic: without gradients of its own
+        forward, critic, vfm, lpips = (None if m is None else torch.compile(m) for m in (net, disc, vfm, lpips))
+    forward = common.parallel(forward)
+    judge = None if critic is None else common.parallel(critic)         # critic: without gradients of its own
 
     # What is looked at now and then
     if args.fid_every:

@@ -1,5 +1,6 @@
 """The mathematics, each against an independent formula: draws, crop, flow, samplers, losses, averages, networks."""
 import argparse
+import copy
 import json
 import math
 import threading
@@ -436,3 +437,28 @@ def test_an_error_does_not_wait_for_threads_of_others(capsys):
         common.run(fail)
     assert stop.value.code == 2 and done and pool.is_alive()
     ready.set()
+
+
+@pytest.mark.parametrize("saved, now", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)])
+def test_moments_resumed_in_another_memory_format_give_the_same_update(saved, now):
+    """Fused AdamW walks storage: moments of channels_last weights, loaded beside contiguous ones, moved the update by 0.58."""
+    def convolution(layout):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(8, 6, 3).to(memory_format=layout)
+        return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+
+    def step(conv, optimizer, seed):
+        x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(seed))
+        conv(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    before, optimizer = convolution(saved)
+    step(before, optimizer, 0)
+    after, resumed = convolution(now)
+    after.load_state_dict(before.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))         # a load shares what it can
+    common.match_memory_formats(resumed)
+    step(before, optimizer, 1)
+    step(after, resumed, 1)
+    torch.testing.assert_close(after.weight, before.weight, rtol=1e-4, atol=1e-5)

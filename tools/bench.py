@@ -180,7 +180,7 @@ def vae_training(m, spec, batch, size, terms, vfm=DINO, **shape):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     forward, critic, vision, lpips = (compiled(m, part) for part in (net, disc, vision, lpips))
     guard = common.Guard(net, adamw(m, net.parameters()), 1.0)
-    critic_guard = disc and common.Guard(disc, adamw(m, disc.parameters()), 1.0)
+    critic_guard = None if disc is None else common.Guard(disc, adamw(m, disc.parameters()), 1.0)
     position = torch.arange(batch, device=m.device)
     image = random_pictures(batch, size, m.device)
     shape = (vae.channels, vae.latent_size, vae.latent_size)
