@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on sys.path, a tiny folder of pictures, weights of a tiny vision model, and two
 ways to run a script: in this process (fast) and under torchrun (what several GPUs do)."""
+
 import contextlib
 import os
 import signal
@@ -15,14 +16,66 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import common  # noqa: E402
+from common.processes import run_main
 
-VAE = ["--resolution", "32", "--spec", "f4d4", "--ch", "32", "--ch-mult", "1", "1", "1", "--num-res-blocks", "1",
-       "--lpips", "0", "--batch-size", "8", "--lr", "1e-3", "--precision", "fp32", "--workers", "0", "--log-every", "1",
-       "--vfm", "test_vit", "--mapper-hidden", "64"]
-SIT = ["--depth", "2", "--width", "64", "--heads", "2", "--patch", "2", "--repa-block", "1", "--vfm", "test_vit",
-       "--batch-size", "8", "--lr", "1e-3", "--precision", "fp32", "--workers", "0", "--log-every", "1", "--ema", "0.9",
-       "--preview-steps", "3"]
+VAE = [
+    "--resolution",
+    "32",
+    "--spec",
+    "f4d4",
+    "--ch",
+    "32",
+    "--ch-mult",
+    "1",
+    "1",
+    "1",
+    "--num-res-blocks",
+    "1",
+    "--lpips",
+    "0",
+    "--batch-size",
+    "8",
+    "--lr",
+    "1e-3",
+    "--precision",
+    "fp32",
+    "--workers",
+    "0",
+    "--log-every",
+    "1",
+    "--vfm",
+    "test_vit",
+    "--mapper-hidden",
+    "64",
+]
+SIT = [
+    "--depth",
+    "2",
+    "--width",
+    "64",
+    "--heads",
+    "2",
+    "--patch",
+    "2",
+    "--repa-block",
+    "1",
+    "--vfm",
+    "test_vit",
+    "--batch-size",
+    "8",
+    "--lr",
+    "1e-3",
+    "--precision",
+    "fp32",
+    "--workers",
+    "0",
+    "--log-every",
+    "1",
+    "--ema",
+    "0.9",
+    "--preview-steps",
+    "3",
+]
 
 
 def make_pictures(root):
@@ -40,6 +93,7 @@ def make_vfm_weights(path):
     """Random weights of timm's test_vit in a safetensors file."""
     import timm
     from safetensors.torch import save_file
+
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), path)
     return str(path)
@@ -67,7 +121,7 @@ def script(module, *words):
     before, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
-        common.run(module.main)
+        run_main(module.main)
     finally:
         sys.argv = before
         for number, handler in handlers.items():
@@ -91,13 +145,20 @@ def torchrun(processes, name, *words, cwd):
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, os.path.join(ROOT, f"{name}.py"), *map(str, words)], cwd=cwd, capture_output=True,
-                          text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=600)
+    done = subprocess.run(
+        [*start, os.path.join(ROOT, f"{name}.py"), *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
 
 # ---- processes that are to be watched and killed ---------------------------------------------------------------------
+
 
 def wait_for(what, seconds=120):
     """Waits until what() is true."""
@@ -109,10 +170,21 @@ def wait_for(what, seconds=120):
 
 def start(processes, name, *words, cwd, timeout=1800):
     """The script as a process group of its own -> Popen; its output goes to <cwd>/output.txt."""
-    first = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    first = [sys.executable] + [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ] * (processes > 1)
     with open(os.path.join(cwd, "output.txt"), "w") as out:
-        return subprocess.Popen([*first, os.path.join(ROOT, f"{name}.py"), *map(str, words), "--timeout", str(timeout)], cwd=cwd,
-                                stdout=out, stderr=out, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        return subprocess.Popen(
+            [*first, os.path.join(ROOT, f"{name}.py"), *map(str, words), "--timeout", str(timeout)],
+            cwd=cwd,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        )
 
 
 def processes_in(folder):
@@ -122,7 +194,9 @@ def processes_in(folder):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/{pid}/cwd") == str(folder):
                 with open(f"/proc/{pid}/environ") as file:
-                    found[int(pid)] = dict(x.split("=", 1) for x in file.read().split("\0") if "=" in x)
+                    found[int(pid)] = dict(
+                        x.split("=", 1) for x in file.read().split("\0") if "=" in x
+                    )
     return found
 
 

@@ -1,5 +1,6 @@
 """train_vae.py in float64 arithmetic, whatever it asks for: what then still differs between one process and two is no
 rounding. python tests/in_float64.py <arguments of train_vae.py>"""
+
 import os
 import sys
 
@@ -24,8 +25,8 @@ class AdamW(torch.optim.AdamW):
 
 torch.optim.AdamW = AdamW
 
-import common  # noqa: E402
+from common.processes import run_main
 import train_vae  # noqa: E402
 
 if __name__ == "__main__":
-    common.run(train_vae.main)
+    run_main(train_vae.main)

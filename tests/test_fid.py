@@ -1,6 +1,7 @@
 """fid.py against independent references: torch-fidelity, pytorch-fid, mpmath, SciPy, torchmetrics, scikit-image, lpips and
 plain NumPy; then its command: what it writes, several processes, what it refuses. Inception's weights are random, saved
 in the published format.    python -m pytest tests/test_fid.py"""
+
 import contextlib
 import hashlib
 import io
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+from common.files import UserError, write_weights
+from common.pictures import ImageSet, adm_crop, from_uint8, to_uint8
+from common.weights import load_vae
 import fid
 import models
 from conftest import SIT, VAE, refused, script, torchrun
-from tools.bench_fid import random_inception
+from bench.evaluators import random_inception
 
 
 def smooth(rng, height, width):
@@ -42,6 +45,7 @@ def net(weights):
 @pytest.fixture(scope="module")
 def fidelity(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
 
 
@@ -54,11 +58,17 @@ def folders(tmp_path_factory):
         arrays = np.stack([smooth(rng, 32, 32) for _ in range(count)])
         for i, x in enumerate(arrays):
             Image.fromarray(x).save(root / name / f"{i:02d}.png")
-        np.savez(root / f"{name}.npz", arr_0=arrays, labels=np.arange(count) % 3,
-                 settings=np.array(json.dumps(dict(cfg=1.5, steps=7))))
+        np.savez(
+            root / f"{name}.npz",
+            arr_0=arrays,
+            labels=np.arange(count) % 3,
+            settings=np.array(json.dumps(dict(cfg=1.5, steps=7))),
+        )
     torch.manual_seed(0)
     vae = models.VAE("f4d4", 32, 32, [1, 1, 1], 1)
-    common.save_weights(root / "vae" / "vae.safetensors", "vae", vae.state_dict(), vae.config, dict(step=3))
+    write_weights(
+        root / "vae" / "vae.safetensors", "vae", vae.state_dict(), vae.config, dict(step=3)
+    )
     return root
 
 
@@ -69,25 +79,41 @@ def close(a, b, tolerance):
 
 # ---- Inception -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("height,width", [(32, 32), (256, 256), (299, 299), (500, 333), (333, 500)])
 def test_features_are_those_of_torch_fidelity(net, fidelity, height, width):
     rng = np.random.default_rng(height)
-    x = torch.from_numpy(np.stack([smooth(rng, height, width), rng.integers(0, 256, (height, width, 3), dtype=np.uint8)]))
+    x = torch.from_numpy(
+        np.stack(
+            [smooth(rng, height, width), rng.integers(0, 256, (height, width, 3), dtype=np.uint8)]
+        )
+    )
     x = x.permute(0, 3, 1, 2).contiguous()
     seen = {}
-    hook = fidelity.Mixed_6d.branch1x1.register_forward_hook(lambda module, i, output: seen.update(spatial=output))
+    hook = fidelity.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, i, output: seen.update(spatial=output)
+    )
     with torch.no_grad():
         pool, logits = fidelity(x)
     hook.remove()
     ours = net(x)
-    assert ours["pool"].shape == (2, 2048) and ours["spatial"].shape == (2, 2023) and ours["logits"].shape == (2, 1008)
+    assert (
+        ours["pool"].shape == (2, 2048)
+        and ours["spatial"].shape == (2, 2023)
+        and ours["logits"].shape == (2, 1008)
+    )
     close(ours["pool"], pool, 1e-4)
     close(ours["logits"], logits, 1e-4)
-    close(ours["spatial"], seen["spatial"][:, :7].permute(0, 2, 3, 1).reshape(2, -1), 1e-4)          # ADM: y, x, channel
+    close(
+        ours["spatial"], seen["spatial"][:, :7].permute(0, 2, 3, 1).reshape(2, -1), 1e-4
+    )  # ADM: y, x, channel
 
 
 def test_resize_equals_tensorflow_1(fidelity):
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x,
+    )
+
     for shape in ((32, 32), (64, 48), (299, 299), (400, 301)):
         x = torch.randint(0, 256, (1, 3, *shape)).float()
         theirs = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
@@ -96,12 +122,17 @@ def test_resize_equals_tensorflow_1(fidelity):
 
 def test_features_are_those_of_pytorch_fid_at_299(net, weights, monkeypatch):
     import pytorch_fid.inception as theirs
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *a, **k: torch.load(weights, weights_only=True))
+
+    monkeypatch.setattr(
+        theirs, "load_state_dict_from_url", lambda *a, **k: torch.load(weights, weights_only=True)
+    )
     other = theirs.InceptionV3().eval()
     x = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
     with torch.no_grad():
         pool = other(x.float() / 255)[0].flatten(1)
-    close(net(x)["pool"], pool, 2e-2)        # its input is x / 127.5 - 1, ours (TensorFlow's) is (x - 128) / 128
+    close(
+        net(x)["pool"], pool, 2e-2
+    )  # its input is x / 127.5 - 1, ours (TensorFlow's) is (x - 128) / 128
     with torch.no_grad():
         pool = other(((x.float() - 128) / 128 + 1) / 2)[0].flatten(1)
     close(net(x)["pool"], pool, 1e-4)
@@ -109,10 +140,12 @@ def test_features_are_those_of_pytorch_fid_at_299(net, weights, monkeypatch):
 
 def test_weights_are_taken_strictly(weights, tmp_path):
     state = torch.load(weights, weights_only=True)
-    torch.save({k: v for k, v in state.items() if "num_batches_tracked" not in k}, tmp_path / "short.pth")
-    fid.Inception(tmp_path / "short.pth")                    # counters are no weights
+    torch.save(
+        {k: v for k, v in state.items() if "num_batches_tracked" not in k}, tmp_path / "short.pth"
+    )
+    fid.Inception(tmp_path / "short.pth")  # counters are no weights
     torch.save({k: v for k, v in state.items() if k != "fc.bias"}, tmp_path / "lacks.pth")
-    with pytest.raises(models.UserError, match="lacks.pth does not fit: Missing.*fc.bias"):
+    with pytest.raises(UserError, match="lacks.pth does not fit: Missing.*fc.bias"):
         fid.Inception(tmp_path / "lacks.pth")
 
 
@@ -122,23 +155,32 @@ def test_only_the_published_file_is_taken_from_hubs_folder(weights, tmp_path, mo
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     there = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     monkeypatch.setattr(fid, "WEIGHTS_URL", f"file://{tmp_path}/absent.pth")
-    with pytest.raises(models.UserError, match=f"No such file.*fetch file:.*absent.pth.*put it at {there}.*--inception-w"):
+    with pytest.raises(
+        UserError, match=f"No such file.*fetch file:.*absent.pth.*put it at {there}.*--inception-w"
+    ):
         fid.Inception()
     monkeypatch.setattr(fid, "WEIGHTS_URL", f"file://{weights}")
-    with pytest.raises(models.UserError, match="invalid hash value"):
+    with pytest.raises(UserError, match="invalid hash value"):
         fid.Inception()
     assert not there.exists()
     digest = hashlib.sha256(open(weights, "rb").read()).hexdigest()
     for content in (open(weights, "rb").read(), b"<html>"):
         there.write_bytes(content)
         found = hashlib.sha256(content).hexdigest()[:8]
-        with pytest.raises(models.UserError, match=f"{there} is not.*begins with {found}, not 6726825d; remove.*--inception"):
+        with pytest.raises(
+            UserError,
+            match=f"{there} is not.*begins with {found}, not 6726825d; remove.*--inception",
+        ):
             fid.Inception()
     about = fid.Inception(weights).about
-    assert about["weights"] == digest and not about["published"] and "comparable" in capsys.readouterr().out
+    assert (
+        about["weights"] == digest
+        and not about["published"]
+        and "comparable" in capsys.readouterr().out
+    )
     there.unlink()
-    monkeypatch.setattr(fid, "WEIGHTS_HASH", digest[:8])     # as if these were the published ones
-    for _ in range(2):                                       # downloaded, then found
+    monkeypatch.setattr(fid, "WEIGHTS_HASH", digest[:8])  # as if these were the published ones
+    for _ in range(2):  # downloaded, then found
         about = fid.Inception().about
         assert there.exists() and about["weights"] == digest and about["published"]
         monkeypatch.setattr(fid, "WEIGHTS_URL", "file:///absent")
@@ -147,15 +189,19 @@ def test_only_the_published_file_is_taken_from_hubs_folder(weights, tmp_path, mo
 
 # ---- Frechet distance ------------------------------------------------------------------------------------------------
 
+
 def exact(mu1, sigma1, mu2, sigma2):
     """The definition with 50 digits: S1^(1/2) by its eigenvectors, then the eigenvalues of S1^(1/2) S2 S1^(1/2)."""
     import mpmath
+
     mpmath.mp.dps = 50
     a, b = mpmath.matrix(sigma1.tolist()), mpmath.matrix(sigma2.tolist())
     values, vectors = mpmath.eigsy(a)
     root = vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values]) * vectors.T
     product = root * b * root
-    trace = sum(mpmath.sqrt(max(v, 0)) for v in mpmath.eigsy((product + product.T) / 2, eigvals_only=True))
+    trace = sum(
+        mpmath.sqrt(max(v, 0)) for v in mpmath.eigsy((product + product.T) / 2, eigvals_only=True)
+    )
     diff = sum((mpmath.mpf(x) - mpmath.mpf(y)) ** 2 for x, y in zip(mu1.tolist(), mu2.tolist()))
     return float(diff + sum(a[i, i] + b[i, i] for i in range(len(mu1))) - 2 * trace)
 
@@ -165,7 +211,9 @@ def gaussian(rng, n, d, scale=1.0):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
-@pytest.mark.parametrize("n1,n2,scale", [(200, 100, 1.0), (200, 100, 1e-6), (12, 20, 1.0), (12, 200, 1e-2)])
+@pytest.mark.parametrize(
+    "n1,n2,scale", [(200, 100, 1.0), (200, 100, 1e-6), (12, 20, 1.0), (12, 200, 1e-2)]
+)
 def test_frechet_distance_is_right_to_50_digits(n1, n2, scale):
     """Also with fewer samples than features (12, 20 of 32) and with nearly singular products (the last feature 1e-6 of the
     first), where sqrtm breaks."""
@@ -176,6 +224,7 @@ def test_frechet_distance_is_right_to_50_digits(n1, n2, scale):
 
 def test_frechet_distance_is_scipys_where_that_is_healthy():
     import scipy.linalg
+
     rng = np.random.default_rng(1)
     one, two = gaussian(rng, 500, 64), gaussian(rng, 400, 64)
     root = scipy.linalg.sqrtm(one[1] @ two[1]).real
@@ -191,13 +240,15 @@ def test_frechet_distance_of_equal_sets_is_zero(n):
 
 # ---- Inception Score, precision and recall ---------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("n", [60, 103])
 def test_inception_score_is_adms_and_torch_fidelitys(n):
     from torch_fidelity.metric_isc import isc_features_to_metric
+
     logits = 3 * torch.randn(n, 40, generator=torch.Generator().manual_seed(n))
     probs = logits.double().softmax(1).numpy()
     scores = []
-    for part in (probs[i:i + 20] for i in range(0, n, 20)):                  # ADM, with splits of 20
+    for part in (probs[i : i + 20] for i in range(0, n, 20)):  # ADM, with splits of 20
         kl = part * (np.log(part) - np.log(part.mean(0, keepdims=True)))
         scores.append(np.exp(kl.sum(1).mean()))
     assert fid.inception_score(probs, 20) == pytest.approx(np.mean(scores), rel=1e-6)
@@ -209,28 +260,37 @@ def test_inception_score_is_adms_and_torch_fidelitys(n):
 @pytest.mark.parametrize("block", [7, 4096])
 def test_precision_and_recall_are_adms_and_torch_fidelitys(block):
     from torch_fidelity.metric_prc import calculate_precision_recall_full
+
     rng = np.random.default_rng(3)
-    ref, samples = rng.normal(size=(60, 6)).astype("float32"), (0.3 + 0.8 * rng.normal(size=(45, 6))).astype("float32")
+    ref, samples = (
+        rng.normal(size=(60, 6)).astype("float32"),
+        (0.3 + 0.8 * rng.normal(size=(45, 6))).astype("float32"),
+    )
 
     def distances(a, b):
         return ((a[:, None].astype("float64") - b[None]) ** 2).sum(2)
 
     def radii(x):
-        return np.sort(distances(x, x), axis=1)[:, 3]                        # column 0 is the picture itself
+        return np.sort(distances(x, x), axis=1)[:, 3]  # column 0 is the picture itself
+
     precision = (distances(samples, ref) <= radii(ref)).any(1).mean()
     recall = (distances(ref, samples) <= radii(samples)).any(1).mean()
     assert 0.2 < recall < precision < 1
     ours = fid.precision_recall(torch.from_numpy(ref), torch.from_numpy(samples), block=block)
     np.testing.assert_allclose(ours, (precision, recall), atol=1e-6)
-    theirs = calculate_precision_recall_full(torch.from_numpy(samples).double(), torch.from_numpy(ref).double())
+    theirs = calculate_precision_recall_full(
+        torch.from_numpy(samples).double(), torch.from_numpy(ref).double()
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 # ---- PSNR, SSIM, LPIPS -----------------------------------------------------------------------------------------------
 
+
 def test_psnr_and_ssim_are_torchmetrics_and_scikit_images():
     import skimage.metrics
     import torchmetrics.functional.image as theirs
+
     rng = np.random.default_rng(4)
     a = np.stack([smooth(rng, 40, 56) for _ in range(3)])
     b = np.clip(a + rng.normal(0, 12, a.shape), 0, 255).astype(np.uint8)
@@ -238,22 +298,40 @@ def test_psnr_and_ssim_are_torchmetrics_and_scikit_images():
     psnr, ssim = fid.psnr(x, y).numpy(), fid.ssim(x, y).numpy()
     expected = [skimage.metrics.peak_signal_noise_ratio(u, v, data_range=255) for u, v in zip(a, b)]
     np.testing.assert_allclose(psnr, expected, atol=1e-4)
-    how = dict(channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
-    expected = [skimage.metrics.structural_similarity(u.astype(float), v.astype(float), **how) for u, v in zip(a, b)]
+    how = dict(
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=255,
+    )
+    expected = [
+        skimage.metrics.structural_similarity(u.astype(float), v.astype(float), **how)
+        for u, v in zip(a, b)
+    ]
     np.testing.assert_allclose(ssim, expected, atol=1e-4)
     x, y = x.double(), y.double()
-    expected = theirs.peak_signal_noise_ratio(x, y, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    expected = theirs.peak_signal_noise_ratio(
+        x, y, data_range=255.0, dim=(1, 2, 3), reduction="none"
+    )
     np.testing.assert_allclose(psnr, expected, atol=1e-4)
-    full = theirs.structural_similarity_index_measure(x, y, data_range=255.0, reduction="none", return_full_image=True)[1]
-    inside = full[..., 5:-5, 5:-5].mean((1, 2, 3))           # its own mean includes windows over a mirrored border
+    full = theirs.structural_similarity_index_measure(
+        x, y, data_range=255.0, reduction="none", return_full_image=True
+    )[1]
+    inside = full[..., 5:-5, 5:-5].mean(
+        (1, 2, 3)
+    )  # its own mean includes windows over a mirrored border
     np.testing.assert_allclose(ssim, inside, atol=1e-4)
     assert fid.ssim(x, x).tolist() == pytest.approx([1] * 3) and fid.psnr(x, x).isfinite().all()
 
 
 def test_lpips_is_the_lpips_packages(tmp_path, capsys):
     import lpips
+
     torch.manual_seed(0)
-    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)           # its linear layers' weights, a random VGG16
+    theirs = lpips.LPIPS(
+        net="vgg", pnet_rand=True, verbose=False
+    )  # its linear layers' weights, a random VGG16
     torch.save(theirs.state_dict(), tmp_path / "lpips.pth")
     a, b = torch.rand(2, 2, 3, 64, 48) * 2 - 1
     with torch.no_grad():
@@ -293,11 +371,23 @@ def measured(weights, folders, tmp_path_factory):
 
 def test_two_folders_give_torch_fidelitys_numbers(measured, weights, folders):
     import torch_fidelity
+
     for words in ("distance is biased upwards", "comparable with each other only", "fid [weights "):
         assert words in measured["told"]
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(folders / "a"), input2=str(folders / "b"), feature_extractor="inception-v3-compat", cuda=False, fid=True,
-        feature_extractor_weights_path=weights, isc=True, isc_splits=1, prc=True, cache=False, save_cpu_ram=True, verbose=False)
+        input1=str(folders / "a"),
+        input2=str(folders / "b"),
+        feature_extractor="inception-v3-compat",
+        cuda=False,
+        fid=True,
+        feature_extractor_weights_path=weights,
+        isc=True,
+        isc_splits=1,
+        prc=True,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     assert measured["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert measured["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     ours = measured["precision"], measured["recall"]
@@ -314,24 +404,36 @@ def test_the_result_tells_what_moves_it(net, measured, weights, folders, monkeyp
     for key in MEASURES:
         assert value[key] == pytest.approx(measured[key], rel=1e-5)
     samples, reference = value["samples"], value["reference"]
-    assert samples["settings"] == dict(cfg=1.5, steps=7) and samples["labels"] == dict(classes=3, fewest=3, most=3)
+    assert samples["settings"] == dict(cfg=1.5, steps=7) and samples["labels"] == dict(
+        classes=3, fewest=3, most=3
+    )
     assert samples["pictures"] == 9 and len(samples["hash"]) == 64 and samples["size"] == 32
     assert reference["pictures"] == 6 and reference["hash"] == measured["reference"]["hash"]
-    assert value["network"] == dict(name="Inception", weights=net.about["weights"], published=False,
-                                    resize="TensorFlow 1 bilinear to 299x299")
+    assert value["network"] == dict(
+        name="Inception",
+        weights=net.about["weights"],
+        published=False,
+        resize="TensorFlow 1 bilinear to 299x299",
+    )
     assert {"torch", "pillow"} <= set(value["versions"]) and value["provenance"]["processes"] == 1
     assert value["arguments"]["pr_images"] == 50000
-    os.utime(folders / "b" / "00.png", (1, 1))               # written over by another picture, perhaps
+    os.utime(folders / "b" / "00.png", (1, 1))  # written over by another picture, perhaps
     run(weights, folders / "a.npz", "--ref", folders / "b", "--out", "again.json", "--num", 4)
-    assert "from runs/cache" not in capsys.readouterr().out and result("again.json")["samples"]["pictures"] == 4
+    assert (
+        "from runs/cache" not in capsys.readouterr().out
+        and result("again.json")["samples"]["pictures"] == 4
+    )
 
 
 def test_adms_reference_and_streamed_statistics(net, folders, weights, inside):
     """What collect streams is NumPy's mean and covariance; mu and sigma of an .npz are believed; a set is at distance 0
     from itself, with all its pictures among it, and precision and recall are 1."""
     out = net(pixels(folders / "b.npz"))
-    stats = {f"{name}{end}": f(out[key].double().numpy()) for key, end in (("pool", ""), ("spatial", "_s"))
-             for name, f in (("mu", lambda x: x.mean(0)), ("sigma", lambda x: np.cov(x, rowvar=False)))}
+    stats = {
+        f"{name}{end}": f(out[key].double().numpy())
+        for key, end in (("pool", ""), ("spatial", "_s"))
+        for name, f in (("mu", lambda x: x.mean(0)), ("sigma", lambda x: np.cov(x, rowvar=False)))
+    }
     pictures = fid.Pictures(str(folders / "b.npz"), batch_size=4)
     got = fid.collect(net, pictures.batches(torch.device("cpu"), 0), 6, keep=3)
     for key, value in stats.items():
@@ -342,15 +444,35 @@ def test_adms_reference_and_streamed_statistics(net, folders, weights, inside):
     same, scale = result("same.json"), np.trace(stats["sigma"])
     assert abs(same["fid"]) < 1e-6 * scale and same["reference"]["statistics"] == "of the file"
     assert same["precision"] == same["recall"] == 1
-    np.savez("adm.npz", **dict(stats, mu=stats["mu"] + 1))                   # no arr_0: no precision and recall
+    np.savez("adm.npz", **dict(stats, mu=stats["mu"] + 1))  # no arr_0: no precision and recall
     reference, record = fid.read_reference(net, "adm.npz", 32, keep=6)
     moved = fid.compare(net, got, reference)
-    assert moved["fid"] == pytest.approx(2048, rel=1e-6) and abs(moved["sfid"]) < 1e-6 * scale and "recall" not in moved
+    assert (
+        moved["fid"] == pytest.approx(2048, rel=1e-6)
+        and abs(moved["sfid"]) < 1e-6 * scale
+        and "recall" not in moved
+    )
 
 
 def test_two_processes_give_the_numbers_of_one(measured, weights, folders, inside):
-    torchrun(2, "fid", folders / "a.npz", "--ref", folders / "b", "--inception-weights", weights, "--workers", 0,
-             "--batch-size", 4, "--device", "cpu", "--out", "2.json", cwd=inside)
+    torchrun(
+        2,
+        "fid",
+        folders / "a.npz",
+        "--ref",
+        folders / "b",
+        "--inception-weights",
+        weights,
+        "--workers",
+        0,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        "--out",
+        "2.json",
+        cwd=inside,
+    )
     two = result("2.json")
     for key in MEASURES:
         assert two[key] == pytest.approx(measured[key], rel=1e-6)
@@ -360,13 +482,17 @@ def test_two_processes_give_the_numbers_of_one(measured, weights, folders, insid
 def test_reconstruction(weights, folders, inside, capsys):
     run(weights, "--vae", folders / "vae", "--data", folders / "a", "--lpips", 0, "--num", 6)
     values = result(folders / "vae" / "reconstruction.rfid.json")
-    data, vae = common.ImageSet(str(folders / "a")), models.load_vae(folders / "vae")
-    x = torch.from_numpy(np.stack([data.load(i, 32) for i in (0, 1, 3, 4, 6, 7)])).permute(0, 3, 1, 2)
+    data, vae = ImageSet(str(folders / "a")), load_vae(folders / "vae")
+    x = torch.from_numpy(np.stack([data.load(i, 32) for i in (0, 1, 3, 4, 6, 7)])).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
-        y = common.to_uint8(vae.decode(vae.encode(common.from_uint8(x))[0]))
+        y = to_uint8(vae.decode(vae.encode(from_uint8(x))[0]))
     assert values["psnr"] == pytest.approx(fid.psnr(x, y).mean().item(), rel=1e-4)
     assert values["ssim"] == pytest.approx(fid.ssim(x, y).mean().item(), rel=1e-3)
-    assert values["rfid"] > 0 and values["samples"]["pictures"] == values["reference"]["pictures"] == 6
+    assert (
+        values["rfid"] > 0 and values["samples"]["pictures"] == values["reference"]["pictures"] == 6
+    )
     assert not {"lpips", "fid", "precision"} & set(values) and values["vae"]["step"] == 3
     assert "rfid" in capsys.readouterr().out
 
@@ -374,10 +500,21 @@ def test_reconstruction(weights, folders, inside, capsys):
 def test_other_features_are_never_called_fid(folders, inside, capsys):
     import timm
     from safetensors.torch import save_file
+
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), "vit.safetensors")
-    script(fid, folders / "a", "--ref", folders / "b", "--features", "test_vit", "--features-weights", "vit.safetensors",
-           "--workers", 0)
+    script(
+        fid,
+        folders / "a",
+        "--ref",
+        folders / "b",
+        "--features",
+        "test_vit",
+        "--features-weights",
+        "vit.safetensors",
+        "--workers",
+        0,
+    )
     values = result(folders / "a.fd-test_vit.json")
     assert values["fd-test_vit"] > 0 and not {"fid", "sfid", "inception_score"} & set(values)
     assert not any(line.startswith("fid") for line in capsys.readouterr().out.splitlines())
@@ -390,8 +527,10 @@ def test_a_folders_pictures_are_cut_to_the_samples_side(net, tmp_path):
         Image.fromarray(smooth(rng, *shape)).save(tmp_path / f"{i}.png")
     [(index, images)] = fid.Pictures(str(tmp_path), size=32).batches(torch.device("cpu"), 0)
     for i, image in enumerate(images):
-        cut = common.adm_crop(Image.open(tmp_path / f"{i}.png"), 32)
-        assert index[i] == i and torch.equal(image, torch.from_numpy(np.array(cut)).permute(2, 0, 1))
+        cut = adm_crop(Image.open(tmp_path / f"{i}.png"), 32)
+        assert index[i] == i and torch.equal(
+            image, torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+        )
     assert fid.Pictures(str(tmp_path)).size == 64
 
 
@@ -415,14 +554,42 @@ def test_training_measures_with_it(weights, folders, inside):
     """--fid-every of both training scripts writes the numbers into metrics.jsonl."""
     import train_sit
     import train_vae
-    words = ["--fid-every", 1, "--fid-num", 4, "--fid-ref", folders / "b.npz", "--inception-weights", weights, "--data",
-             folders / "a", "--steps", 1]
-    script(train_vae, *VAE, *words, "--val", folders / "a", "--align", "none", "--gan", 0, "--out", "runs/v")
+
+    words = [
+        "--fid-every",
+        1,
+        "--fid-num",
+        4,
+        "--fid-ref",
+        folders / "b.npz",
+        "--inception-weights",
+        weights,
+        "--data",
+        folders / "a",
+        "--steps",
+        1,
+    ]
+    script(
+        train_vae,
+        *VAE,
+        *words,
+        "--val",
+        folders / "a",
+        "--align",
+        "none",
+        "--gan",
+        0,
+        "--out",
+        "runs/v",
+    )
     script(train_sit, *SIT, *words, "--vae", folders / "vae", "--repa", 0, "--out", "runs/s")
     for name, keys in (("v", {"rfid"}), ("s", {"fid", "sfid", "inception_score"})):
         with open(f"runs/{name}/metrics.jsonl") as file:
             lines = [json.loads(line) for line in file]
-        assert any(keys <= set(line) for line in lines) and np.isfinite([v for line in lines for v in line.values()]).all()
+        assert (
+            any(keys <= set(line) for line in lines)
+            and np.isfinite([v for line in lines for v in line.values()]).all()
+        )
 
 
 def test_memory_does_not_hold_the_set(tmp_path):
@@ -431,12 +598,17 @@ def test_memory_does_not_hold_the_set(tmp_path):
     import zipfile
 
     def write(path, claimed, blocks=20):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, \
-                archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(claimed, 256, 256, 3)))
+        with (
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(
+                file, dict(descr="|u1", fortran_order=False, shape=(claimed, 256, 256, 3))
+            )
             for _ in range(blocks):
                 file.write(bytes(16 * 256 * 256 * 3))
         return str(path)
+
     path = write(tmp_path / "big.npz", 320)
     tracemalloc.start()
     pictures = fid.Pictures(path)
@@ -444,7 +616,9 @@ def test_memory_does_not_hold_the_set(tmp_path):
     assert len(next(batches)[1]) == len(next(batches)[1]) == 16
     assert tracemalloc.get_traced_memory()[1] < 320 * 256 * 256 * 3 / 4
     tracemalloc.stop()
-    with pytest.raises(models.UserError, match="arr_0.npy is cut, or claims the wrong shape .16000, 256, 256, 3"):
+    with pytest.raises(
+        UserError, match="arr_0.npy is cut, or claims the wrong shape .16000, 256, 256, 3"
+    ):
         fid.Pictures(write(tmp_path / "lie.npz", 16000))
 
 
@@ -467,7 +641,7 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
         np.save(file, arrays)
     open("empty.npz", "wb").close()
     data = open(good, "rb").read()
-    open("cut.npz", "wb").write(data[:len(data) // 2])
+    open("cut.npz", "wb").write(data[: len(data) // 2])
     middle = bytearray(data)
     middle[5000:6000] = bytes(1000)
     open("damaged.npz", "wb").write(middle)
@@ -478,19 +652,43 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
 
     def error(*words):
         return refused(capsys, fid, *words, "--inception-weights", weights, "--workers", 0)
-    for name, words in dict(grey="uint8 of shape", float="float32", planes="(9, 3, 32, 32)", none="has 0 pictures",
-                            other="has 0 pictures", code="object", flat="(9, 0, 32, 3)", empty="not a zip file",
-                            cut="not a zip file", text="not a zip file", array="not a zip file").items():
+
+    for name, words in dict(
+        grey="uint8 of shape",
+        float="float32",
+        planes="(9, 3, 32, 32)",
+        none="has 0 pictures",
+        other="has 0 pictures",
+        code="object",
+        flat="(9, 0, 32, 3)",
+        empty="not a zip file",
+        cut="not a zip file",
+        text="not a zip file",
+        array="not a zip file",
+    ).items():
         sentence = error(f"{name}.npz", "--ref", ref)
-        assert words in sentence and "uint8 of shape (N,H,W,3)" in sentence and f"{name}.npz" in sentence
-    assert "few.npz: labels has shape (5,), but arr_0 holds 9 pictures" in error("few.npz", "--ref", ref)
+        assert (
+            words in sentence
+            and "uint8 of shape (N,H,W,3)" in sentence
+            and f"{name}.npz" in sentence
+        )
+    assert "few.npz: labels has shape (5,), but arr_0 holds 9 pictures" in error(
+        "few.npz", "--ref", ref
+    )
     assert "onehot.npz: labels has shape (9, 9)" in error(good, "--ref", "onehot.npz")
     assert "pair.npz: arr_1 has shape (9, 32, 32, 3)" in error("pair.npz", "--ref", ref)
     assert "No such file" in error("absent.npz", "--ref", ref)
     assert "damaged" in error("damaged.npz", "--ref", ref)
     assert "has 9 pictures, but 20 are needed" in error(good, "--ref", ref, "--num", 20)
-    for flag, value, least in (("--num", 1, 2), ("--batch-size", 0, 1), ("--size", 0, 1), ("--pr-images", -1, 0)):
-        assert f"argument {flag}: {value} is less than {least}" in error(good, "--ref", ref, flag, value)
+    for flag, value, least in (
+        ("--num", 1, 2),
+        ("--batch-size", 0, 1),
+        ("--size", 0, 1),
+        ("--pr-images", -1, 0),
+    ):
+        assert f"argument {flag}: {value} is less than {least}" in error(
+            good, "--ref", ref, flag, value
+        )
     assert "cannot be kept in bare" in error(good, "--ref", ref, "--out", "bare")
     assert "may have Inception's mu and sigma" in error(good, "--ref", "other.npz")
     assert "mu, sigma are no finite statistics" in error(good, "--ref", "wrong.npz")
@@ -502,4 +700,6 @@ def test_every_mistake_is_one_sentence(weights, folders, inside, capsys):
     assert "--data" in error("--vae", folders / "vae")
     assert "no set of samples" in error("--ref", ref)
     assert "no_such_model" in error(good, "--ref", ref, "--features", "no_such_model")
-    assert "No such file" in refused(capsys, fid, good, "--ref", ref, "--inception-weights", "absent.pth")
+    assert "No such file" in refused(
+        capsys, fid, good, "--ref", ref, "--inception-weights", "absent.pth"
+    )

@@ -1,7 +1,8 @@
 """Draws the demo's data set: pictures of objects whose attributes can be seen, with a list of them in CelebA's format.
 
-    python -m tools.pictures data/objects
+python -m tools.pictures data/objects
 """
+
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw
 
-from models import UserError
+from common.files import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: what can be seen in one, and how it is drawn
@@ -25,22 +26,58 @@ def outlines():
     """Name -> (N,2) corners of the shape when upright: x right, y down, reaching about 1 from the centre."""
     b = 0.33  # half the width of the cross's bars
     return {
-        "arrow": np.array([(-1, -.3), (.05, -.3), (.05, -.85), (1.05, 0), (.05, .85), (.05, .3), (-1, .3)]),
-        "cross": np.array([(-b, -1), (b, -1), (b, -b), (1, -b), (1, b), (b, b), (b, 1), (-b, 1), (-b, b), (-1, b),
-                           (-1, -b), (-b, -b)]),
+        "arrow": np.array(
+            [
+                (-1, -0.3),
+                (0.05, -0.3),
+                (0.05, -0.85),
+                (1.05, 0),
+                (0.05, 0.85),
+                (0.05, 0.3),
+                (-1, 0.3),
+            ]
+        ),
+        "cross": np.array(
+            [
+                (-b, -1),
+                (b, -1),
+                (b, -b),
+                (1, -b),
+                (1, b),
+                (b, b),
+                (b, 1),
+                (-b, 1),
+                (-b, b),
+                (-1, b),
+                (-1, -b),
+                (-b, -b),
+            ]
+        ),
         "disc": circle(0.95),
         "ring": circle(1),  # draw_picture makes the hole
-        "square": np.array([(-.82, -.82), (.82, -.82), (.82, .82), (-.82, .82)]),
-        "triangle": np.array([(0, -1), (1, .75), (-1, .75)]),
+        "square": np.array([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]),
+        "triangle": np.array([(0, -1), (1, 0.75), (-1, 0.75)]),
     }
 
 
 SHAPES = outlines()
-COLOURS = {"Red": (215, 35, 35), "Yellow": (240, 200, 20), "Green": (35, 165, 60), "Cyan": (40, 200, 220),
-           "Blue": (45, 70, 220), "Magenta": (205, 50, 185)}
+COLOURS = {
+    "Red": (215, 35, 35),
+    "Yellow": (240, 200, 20),
+    "Green": (35, 165, 60),
+    "Cyan": (40, 200, 220),
+    "Blue": (45, 70, 220),
+    "Magenta": (205, 50, 185),
+}
 TEXTURES = ["Solid", "Striped"]
 BACKGROUNDS = ["Plain_Background", "Gradient_Background"]
-ATTRIBUTES = [s.capitalize() for s in SHAPES] + list(COLOURS) + TEXTURES + BACKGROUNDS + ["Large", "Left", "Top", "Tilted"]
+ATTRIBUTES = (
+    [s.capitalize() for s in SHAPES]
+    + list(COLOURS)
+    + TEXTURES
+    + BACKGROUNDS
+    + ["Large", "Left", "Top", "Tilted"]
+)
 
 
 def muted(rng, low, high):
@@ -56,11 +93,17 @@ def shrink(mask):
 
 def draw_picture(shape, size, rng):
     """One object on a background: (size,size,3) uint8, and the set of its attributes' names."""
-    colour, texture, background = (list(names)[rng.integers(len(names))] for names in (COLOURS, TEXTURES, BACKGROUNDS))
+    colour, texture, background = (
+        list(names)[rng.integers(len(names))] for names in (COLOURS, TEXTURES, BACKGROUNDS)
+    )
     large, left, top, tilted = rng.random(4) < 0.5
     tilted = tilted and shape not in ("disc", "ring")  # nobody could see it
     names = {shape.capitalize(), colour, texture, background}
-    names |= {name for name, on in zip(("Large", "Left", "Top", "Tilted"), (large, left, top, tilted)) if on}
+    names |= {
+        name
+        for name, on in zip(("Large", "Left", "Top", "Tilted"), (large, left, top, tilted))
+        if on
+    }
 
     # Geometry in pixels of a 32 x 32 picture. About 25 degrees: a square looks upright again at 90. Few poses, each with a
     # little play: a SiT trained for minutes learns these, but not an object anywhere, of any size, turned by any angle.
@@ -78,7 +121,9 @@ def draw_picture(shape, size, rng):
     dark = colour in ("Yellow", "Cyan") or rng.random() < 0.5
     low, high = (25, 95) if dark else (175, 245)
     first = second = muted(rng, low, high)
-    right = (np.arange(size) + 0.5) * 32 / size  # pixel centres, (size,), and below each other (size,1)
+    right = (
+        (np.arange(size) + 0.5) * 32 / size
+    )  # pixel centres, (size,), and below each other (size,1)
     down = right[:, None]
     if background == "Gradient_Background":
         first, second = muted(rng, low, low + 15), muted(rng, high - 15, high)
@@ -110,14 +155,18 @@ def draw_pictures(folder, size=32, per_class=1000, seed=0):
     each training class, 2 val). A picture depends on (seed, split, shape, number) alone, not on per_class.
     """
     settings = dict(size=size, per_class=per_class, seed=seed)
-    marker = os.path.join(folder, "demo.json")  # written at the start, and marked as complete at the end
+    marker = os.path.join(
+        folder, "demo.json"
+    )  # written at the start, and marked as complete at the end
     if os.path.exists(marker):
         with open(marker) as f:
             found = json.load(f)
         if found.pop("complete") and found == settings:
             return print(f"pictures: {folder} is complete")
         if found != settings:
-            raise UserError(f"{folder} holds pictures drawn with {found}, wanted {settings}: name another folder or delete it")
+            raise UserError(
+                f"{folder} holds pictures drawn with {found}, wanted {settings}: name another folder or delete it"
+            )
     elif os.path.exists(os.path.join(folder, "train")):
         raise UserError(f"{folder}/train exists and was not drawn by demo.py: name another folder")
     os.makedirs(folder, exist_ok=True)
@@ -130,9 +179,13 @@ def draw_pictures(folder, size=32, per_class=1000, seed=0):
             os.makedirs(os.path.join(folder, part, shape), exist_ok=True)
             for i in range(count):
                 name = f"{part}/{shape}/{shape}_{i:05d}.png"
-                picture, names = draw_picture(shape, size, np.random.default_rng([seed, split, k, i]))
+                picture, names = draw_picture(
+                    shape, size, np.random.default_rng([seed, split, k, i])
+                )
                 Image.fromarray(picture).save(os.path.join(folder, name))
-                attributes.append(name + "".join("  1" if a in names else " -1" for a in ATTRIBUTES))
+                attributes.append(
+                    name + "".join("  1" if a in names else " -1" for a in ATTRIBUTES)
+                )
                 partition.append(f"{name} {2 if part == 'val' else int(i >= 0.9 * count)}")
     with open(os.path.join(folder, "list_attr_celeba.txt"), "w") as f:
         f.write("\n".join([str(len(attributes)), " ".join(ATTRIBUTES), *attributes]) + "\n")

@@ -1,5 +1,6 @@
 """Measures of scores (N,A) against attributes (N,A) of 1, 0, and -1 for unknown, for probe.py; as scikit-learn's, and for many
 bootstrap draws at once: `weights` are those of the N pictures, (N,), or of B draws, (B,N); None: all 1."""
+
 import numpy as np
 
 
@@ -8,7 +9,9 @@ def f1_scores(scores, targets, threshold=0.0, weights=None):
     predicted where the score exceeds the threshold, one or (A,). Nothing there and nothing found: 0."""
     weights = np.ones(len(scores)) if weights is None else weights
     predicted, true, known = scores > threshold, targets == 1, targets >= 0
-    hits, said, there = ((weights @ mask).astype(np.float64) for mask in (predicted & true, predicted & known, true))
+    hits, said, there = (
+        (weights @ mask).astype(np.float64) for mask in (predicted & true, predicted & known, true)
+    )
     each = 2 * hits / np.maximum(said + there, 1)
     return each.mean(-1), 2 * hits.sum(-1) / np.maximum((said + there).sum(-1), 1), each
 
@@ -20,9 +23,11 @@ def average_precision(scores, targets, weights=None):
         known = np.flatnonzero(target >= 0)
         order = known[np.argsort(-score[known], kind="stable")]
         score, hit, w = score[order], target[order] == 1, weights[..., order]
-        end = np.searchsorted(-score, -score[hit], side="right") - 1                     # of those with equal scores
+        end = np.searchsorted(-score, -score[hit], side="right") - 1  # of those with equal scores
         precision = (w * hit).cumsum(-1)[..., end] / np.maximum(w.cumsum(-1)[..., end], 1)
-        each.append((w[..., hit] * precision).sum(-1, dtype=np.float64) / np.maximum(w[..., hit].sum(-1), 1))
+        each.append(
+            (w[..., hit] * precision).sum(-1, dtype=np.float64) / np.maximum(w[..., hit].sum(-1), 1)
+        )
     return np.stack(each, -1)
 
 
@@ -42,6 +47,6 @@ def best_thresholds(scores, targets):
     scores, targets = np.take_along_axis(scores, order, 0), np.take_along_axis(targets, order, 0)
     hits = (targets == 1).cumsum(0)
     f1 = 2 * hits / np.maximum((targets >= 0).cumsum(0) + hits[-1], 1)
-    f1[:-1][scores[:-1] == scores[1:]] = -1                 # equal scores cannot be parted
+    f1[:-1][scores[:-1] == scores[1:]] = -1  # equal scores cannot be parted
     best = f1.argmax(0)
     return (scores[best, every] + np.vstack([scores, scores[-1:] - 2])[best + 1, every]) / 2

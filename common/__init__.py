@@ -1,0 +1,1 @@
+"""What the stages share and is not a network: one topic a file, each readable alone."""
