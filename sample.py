@@ -1,19 +1,21 @@
 """Draw pictures from a trained SiT: a grid to look at, or a set (.npz) to compute FID on.
 
-    dx = [v - w/2 s] dt + sqrt(w) dW, run from t = 1 (noise) to 0 (data); score s = -((1-t) v + x) / t, w(t) = 2t
-    (SDE, Euler-Maruyama, as REPA), or dx = v dt (ODE, Euler or Heun), on normalised latents, in float64 steps.
+    dx = [v - w/2 s] dt + sqrt(w) dW, run from t = 1 (noise) to 0 (data); score
+    s = -((1-t) v + x) / t, w(t) = 2t (SDE, Euler-Maruyama, as REPA), or dx = v dt (ODE, Euler or
+    Heun), on normalised latents, in float64 steps.
     Guidance: v <- v_null + cfg (v_class - v_null), while t is inside --interval.
 
-    python sample.py --cfg 1.5                                             # grid of 8 classes x 8, newest SiT under runs/
-    python sample.py --classes 207 360 --n 16 --out grid.png               # numbers or folder names of classes
+    python sample.py --cfg 1.5          # a grid of 8 classes x 8, from the newest SiT under runs/
+    python sample.py --classes 207 360 --n 16 --out grid.png    # numbers or folder names of classes
     torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1 --out samples.npz
 
-Picture i of a set is a function of (--seed, i) alone: not of the batch size, nor of the number of processes. An
-interrupted set goes on where it was, with the same command.
+Picture i of a set depends on (--seed, i) alone, not on the batch size or the number of processes.
+Rerun a command to resume an interrupted set.
 """
 
 import argparse
 import glob
+import itertools
 import json
 import os
 import shutil
@@ -42,11 +44,15 @@ from common.runs import lock, mark_done, newest_result, provenance, resumable_ar
 from common.weights import load_sit, load_vae
 
 
+def two_or_more(text):
+    return whole_number(text, least=2)
+
+
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    g = p.add_argument_group("what")
+    g = p.add_argument_group("networks and pictures")
     g.add_argument("--sit", help="sit.safetensors or run folder (default: the newest under runs/)")
     g.add_argument(
         "--vae", help="vae.safetensors or run folder (default: the one the SiT was trained on)"
@@ -60,14 +66,15 @@ def parse_arguments(argv=None):
         "--num",
         "--num-images",
         type=positive,
-        help="set: number of pictures (under torchrun write --num-images: "
-        "it takes --num for an abbreviation of its own --numa-binding)",
+        help="set: number of pictures (under torchrun write --num-images, "
+        "because torchrun takes --num for an abbreviation of its own --numa-binding)",
     )
     g.add_argument(
         "--labels",
         choices=["equal", "random"],
         default="equal",
-        help="set: every class equally often, or drawn at random; moves FID, so it is written into the result",
+        help="set: every class equally often, or drawn at random; "
+        "the choice moves FID and is recorded in the set",
     )
     g.add_argument(
         "--out", help=".png or .npz (default: grid.png or samples.npz in the SiT's folder)"
@@ -75,7 +82,7 @@ def parse_arguments(argv=None):
     g.add_argument(
         "--overwrite",
         action="store_true",
-        help="set: do not go on with an interrupted one, and replace --out",
+        help="set: replace --out, and start an interrupted set anew",
     )
     g.add_argument(
         "--batch-size", type=positive, default=64, help="pictures a process draws at once"
@@ -84,9 +91,9 @@ def parse_arguments(argv=None):
     g.add_argument("--sampler", choices=["sde", "ode", "heun"], default="sde")
     g.add_argument(
         "--steps",
-        type=lambda text: whole_number(text, least=2),
+        type=two_or_more,
         default=250,
-        help="of the integration (Heun: two evaluations each)",
+        help="steps of the integration (Heun: two evaluations each)",
     )
     g.add_argument("--cfg", type=float, default=2.5, help="guidance scale; 1: none")
     g.add_argument(
@@ -101,13 +108,16 @@ def parse_arguments(argv=None):
     return parse_flags(p, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samplers
 
 
 def guided_velocity(sit, x, t, y, cfg=1.0, interval=(0.0, 1.0)):
-    """v at x (B,C,h,w), time t (a float), labels y (B,). The null half is computed only inside the interval.
-    Guiding v is guiding the SDE's drift: at fixed x and t the drift is affine in v, and the weights sum to 1."""
+    """Velocity v, of x's shape, at x (B,C,h,w), time t (a float) and labels y (B,).
+
+    The null half is computed only inside the interval. Guiding v is guiding the SDE's drift: at
+    fixed x and t the drift is affine in v, and the weights sum to 1.
+    """
     times = torch.full((len(x),), t, device=x.device)
     if cfg == 1.0 or not interval[0] <= t <= interval[1]:
         return sit(x, times, y)
@@ -117,25 +127,28 @@ def guided_velocity(sit, x, t, y, cfg=1.0, interval=(0.0, 1.0)):
 
 
 def integrate(velocity, x, sampler="sde", steps=250, noise=None):
-    """Takes noise x (B,C,h,w) at t = 1 to data at t = 0 -> float64 latents. velocity(x float32, t float) -> v.
-    SDE: `steps` times from 1 to 0.04, then one noiseless step to 0; noise(i) -> standard normal of x's shape for step i.
+    """Integrate from noise x (B,C,h,w) at t = 1 to data at t = 0 -> float64 latents (B,C,h,w).
+
+    velocity(x float32, t float) -> v (B,C,h,w). The SDE takes `steps` times from 1 to 0.04, then
+    one noiseless step to 0; noise(i) -> standard normal of x's shape for its step i.
     """
     x = x.double()
-    times = (
-        [*np.linspace(1, 0.04, steps), 0.0] if sampler == "sde" else np.linspace(1, 0, steps + 1)
-    )
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        t, dt = float(t), float(t_next - t)
+    if sampler == "sde":
+        times = [*np.linspace(1, 0.04, steps), 0.0]
+    else:
+        times = np.linspace(1, 0, steps + 1)
+    for i, (t, t_next) in enumerate(itertools.pairwise(map(float, times))):
+        dt = t_next - t  # negative
         v = velocity(x.float(), t).double()
         if sampler == "ode":
             x = x + dt * v
         elif sampler == "heun":
             predicted = x + dt * v
-            x = (
-                predicted
-                if t_next == 0
-                else x + dt * (v + velocity(predicted.float(), float(t_next)).double()) / 2
-            )
+            if t_next > 0:
+                v_next = velocity(predicted.float(), t_next).double()
+                x = x + dt * (v + v_next) / 2
+            else:
+                x = predicted
         else:
             score = -((1 - t) * v + x) / t
             x = x + dt * (v - t * score)  # w/2 = t
@@ -148,138 +161,215 @@ def integrate(velocity, x, sampler="sde", steps=250, noise=None):
 def draw(
     sit, vae, ids, labels, seed, precision, sampler="sde", steps=250, cfg=2.5, interval=(0.0, 0.75)
 ):
-    """Picture ids (B,) and labels (B,) on the device -> uint8 (B,3,H,W)."""
+    """Draw the pictures ids (B,) with labels (B,), both on the networks' device -> uint8 (B,3,H,W).
+
+    All noise of a picture belongs to (seed, its id). precision: "bf16" or "fp32".
+    """
     shape = (sit.channels, sit.latent_size, sit.latent_size)
+
+    def velocity(x, t):
+        return guided_velocity(sit, x, t, labels, cfg, interval)
+
+    def noise(i):
+        return normal(seed, f"sample step {i}", ids, shape)
+
     with autocast(ids.device, precision):
-        z = integrate(
-            lambda x, t: guided_velocity(sit, x, t, labels, cfg, interval),
-            normal(seed, "sample start", ids, shape),
-            sampler,
-            steps,
-            lambda i: normal(seed, f"sample step {i}", ids, shape),
-        )
+        start = normal(seed, "sample start", ids, shape)
+        z = integrate(velocity, start, sampler, steps, noise)
         return to_uint8(vae.decode(vae.denormalize(z.float())))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading, labels, sets
+# --------------------------------------------------------------------------------------------------
+# Networks and labels
 
 
 def load_pair(sit_path, vae_path, device, ema=True):
-    """-> SiT and the VAE it was trained on; another VAE is refused. A published SiT knows no VAE's hash, but may hold the
-    latent statistics it was trained with, which then count."""
+    """Load a SiT, and the VAE at vae_path or, without a path, the one the SiT was trained on.
+
+    A SiT of ours records the hash of its VAE, and another VAE is refused. A published SiT records
+    none, but may hold the latent statistics it was trained with; these replace the VAE's.
+    Raises UserError if the VAE cannot be found or does not belong to the SiT.
+    """
     sit = load_sit(sit_path, device, ema)
-    where = vae_path or sit.info["vae_path"]
-    if not where or not vae_path and not where.startswith("hf:") and not os.path.exists(where):
-        raise UserError(
-            f"{sit_path} was trained on the VAE {where or 'of its paper'}, which is not there; name it with --vae"
-        )
-    vae = load_vae(where, device)
-    if sit.info["vae_hash"] is None:
-        if sit.channels != vae.channels:
+    if not vae_path:
+        vae_path = sit.info["vae_path"]
+        if not vae_path:
+            raise UserError(f"{sit_path} does not record the VAE of its paper; name it with --vae")
+        if not vae_path.startswith("hf:") and not os.path.exists(vae_path):
             raise UserError(
-                f"{sit_path} needs latents of {sit.channels} channels, but {where} has {vae.channels}"
+                f"{sit_path} was trained on the VAE {vae_path}, which does not exist; "
+                "name it with --vae"
             )
-        if sit.info["latent_mean"]:
-            vae.latent_mean.copy_(torch.tensor(sit.info["latent_mean"]))
-            vae.latent_std.copy_(torch.tensor(sit.info["latent_std"]))
-        vae.set_resolution(sit.latent_size * vae.factor)
+    vae = load_vae(vae_path, device)
+    if sit.info["vae_hash"] is None:
+        adapt_to_published(vae, sit, sit_path, vae_path)
     elif vae.info["hash"] != sit.info["vae_hash"]:
         raise UserError(
-            f"{where} (hash {vae.info['hash']}) is not the VAE that {sit_path} was trained on (hash "
-            f"{sit.info['vae_hash']}, then at {sit.info['vae_path']}): its latents mean something else"
+            f"{vae_path} (hash {vae.info['hash']}) is not the VAE that {sit_path} was trained on "
+            f"(hash {sit.info['vae_hash']}, then at {sit.info['vae_path']}): "
+            "its latents mean something else; name the right one with --vae"
         )
     return sit, vae
 
 
+def adapt_to_published(vae, sit, sit_path, vae_path):
+    """Give the VAE the resolution and, where it has them, the latent statistics of a published SiT.
+
+    Raises UserError if their latents differ in the number of channels.
+    """
+    if sit.channels != vae.channels:
+        raise UserError(
+            f"{sit_path} needs latents of {sit.channels} channels, "
+            f"but {vae_path} has {vae.channels}; name another with --vae"
+        )
+    if sit.info["latent_mean"]:
+        vae.latent_mean.copy_(torch.tensor(sit.info["latent_mean"]))
+        vae.latent_std.copy_(torch.tensor(sit.info["latent_std"]))
+    vae.set_resolution(sit.latent_size * vae.factor)
+
+
 def class_numbers(names, sit):
-    """Class numbers or folder names -> list of ints."""
+    """Class numbers or folder names, as strings -> class numbers. Raises UserError for others."""
     known = sit.info.get("classes") or []
-    numbers = {str(i): i for i in range(sit.num_classes)} | {
-        name: i for i, name in enumerate(known)
-    }
+    numbers = {str(i): i for i in range(sit.num_classes)}
+    for i, name in enumerate(known):
+        numbers[name] = i
     for name in names:
         if name not in numbers:
-            raise UserError(
-                f"--classes {name}: the SiT knows the numbers 0 to {sit.num_classes - 1}"
-                + (f" and names such as {', '.join(known[:4])}" if known else "")
-            )
+            message = f"--classes {name}: the SiT knows the numbers 0 to {sit.num_classes - 1}"
+            if known:
+                message += f" and names such as {', '.join(known[:4])}"
+            raise UserError(message)
     return [numbers[name] for name in names]
 
 
+def spread_classes(num_classes, count=8):
+    """Numbers of at most `count` classes, evenly spaced over all."""
+    count = min(count, num_classes)
+    return [i * num_classes // count for i in range(count)]
+
+
 def set_labels(kind, ids, num_classes, seed):
-    """Labels (B,) of pictures ids (B,) of a set."""
+    """Labels (B,) of the pictures ids (B,) of a set. kind: "equal" or "random"."""
     if kind == "equal":
         return ids % num_classes
     return (uniform(seed, "sample label", ids).double() * num_classes).long()
 
 
-def refuse_other(path, old, settings):
-    """A set is gone on with, or taken for done, only where it has the settings asked for."""
-    differ = [
-        f"{k} was {old.get(k)} and is now {v}"
-        for k, v in settings.items()
-        if k != "provenance" and old.get(k) != v
-    ]
-    if differ:
+# --------------------------------------------------------------------------------------------------
+# Grids and sets
+
+
+def draw_batch(sit, vae, ids, labels, args, precision):
+    """draw with the seed and the sampler of the command line -> uint8 (B,3,H,W)."""
+    return draw(
+        sit,
+        vae,
+        ids,
+        labels,
+        args.seed,
+        precision,
+        args.sampler,
+        args.steps,
+        args.cfg,
+        args.interval,
+    )
+
+
+def draw_grid(sit, vae, args, device, precision):
+    """Draw --n pictures of each class into args.out, one line of the grid a class."""
+    classes = spread_classes(sit.num_classes)
+    if args.classes:
+        classes = class_numbers(args.classes, sit)
+    # A grid is small: the first process draws it alone.
+    if rank() == 0:
+        ids = torch.arange(len(classes) * args.n, device=device)
+        labels = torch.tensor(classes, device=device).repeat_interleave(args.n)
+        batches = zip(ids.split(args.batch_size), labels.split(args.batch_size), strict=True)
+        pictures = torch.cat(
+            [
+                draw_batch(sit, vae, batch_ids, batch_labels, args, precision)
+                for batch_ids, batch_labels in tqdm(batches, unit="batch")
+            ]
+        )
+        save_grid(args.out, pictures.split(args.n))
+        known = sit.info.get("classes") or classes
+        names = ", ".join(str(known[number]) for number in classes)
+        say(f"{len(pictures)} pictures: {args.out}, a row each of {names}")
+    barrier()
+
+
+def check_settings(path, recorded, settings):
+    """Raise UserError if a set at `path` was drawn with other settings than those asked for."""
+    changes = []
+    for name, value in settings.items():
+        if name != "provenance" and recorded.get(name) != value:
+            changes.append(f"{name} was {recorded.get(name)} and is now {value}")
+    if changes:
         raise UserError(
-            f"{path} is already there, with other settings: {'; '.join(differ)}; use the same, name another --out, or "
-            "replace it with --overwrite"
+            f"{path} is already there, with other settings: {'; '.join(changes)}; "
+            "use the same settings, name another --out, or replace it with --overwrite"
         )
 
 
+def prepare_parts(folder, settings, overwrite):
+    """Make `folder` the place where this set grows. Rank 0 only.
+
+    It is emptied with `overwrite`. Raises UserError if it holds pictures of other settings.
+    """
+    path = os.path.join(folder, "settings.json")
+    if overwrite:
+        # The pattern leaves the hidden lock file alone.
+        for old in glob.glob(os.path.join(glob.escape(folder), "*")):
+            os.remove(old)
+    if os.path.exists(path):
+        with (
+            reading(path, "the settings of an interrupted set; remove its folder"),
+            open(path) as file,
+        ):
+            check_settings(folder, json.load(file), settings)
+    else:
+        write_json(path, settings)
+
+
 def draw_set(sit, vae, args, device, precision, settings):
-    """--num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON. The pictures grow in a folder
-    beside it; blocks that are done are marked, so that a killed run loses at most one block a process."""
-    parts, size = args.out + ".parts", vae.resolution
+    """Draw --num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON.
+
+    The pictures are collected in the folder <out>.parts. Each finished block of --batch-size
+    pictures is marked there, so that a killed process loses at most the block it was drawing.
+    """
+    parts = args.out + ".parts"
     if os.path.exists(args.out) and not args.overwrite:
         with (
             reading(args.out, "a set of ours (--overwrite replaces it)"),
             np.load(args.out, allow_pickle=False) as file,
         ):
-            refuse_other(args.out, json.loads(str(file["settings"])), settings)
-        shutil.rmtree(parts, ignore_errors=True)  # a kill may come when the set is written
-        return say(f"done      {args.out} has its {args.num} pictures already")
+            check_settings(args.out, json.loads(str(file["settings"])), settings)
+        # A process killed between writing the set and removing its parts left these behind.
+        shutil.rmtree(parts, ignore_errors=True)
+        say(f"done      {args.out} already has its {args.num} pictures")
+        return
+
     stop_at_signal()
     lock(parts)
     if rank() == 0:
-        record = os.path.join(parts, "settings.json")
-        if args.overwrite:
-            for path in glob.glob(os.path.join(glob.escape(parts), "*")):
-                os.remove(path)
-        if os.path.exists(record):
-            with (
-                reading(record, "the settings of an interrupted set; remove its folder"),
-                open(record) as file,
-            ):
-                refuse_other(parts, json.load(file), settings)
-        else:
-            write_json(record, settings)
+        prepare_parts(parts, settings, args.overwrite)
+    shape = (args.num, vae.resolution, vae.resolution, 3)
     pictures, done, todo = resumable_array(
-        parts, "pictures.npy", np.uint8, (args.num, size, size, 3), args.batch_size
+        parts, "pictures.npy", np.uint8, shape, block=args.batch_size
     )
     if len(todo) < len(done):
         say(f"resuming {parts}: {len(done) - len(todo)} of {len(done)} blocks are done")
-    bar = tqdm(todo[rank() :: world()], disable=rank() > 0, unit="batch")
-    for block in bar:
-        ids = torch.arange(
-            block * args.batch_size, min((block + 1) * args.batch_size, args.num), device=device
-        )
+
+    for block in tqdm(todo[rank() :: world()], disable=rank() > 0, unit="batch"):
+        first = block * args.batch_size
+        end = min(first + args.batch_size, args.num)
+        ids = torch.arange(first, end, device=device)
         labels = set_labels(args.labels, ids, sit.num_classes, args.seed)
-        x = draw(
-            sit,
-            vae,
-            ids,
-            labels,
-            args.seed,
-            precision,
-            args.sampler,
-            args.steps,
-            args.cfg,
-            args.interval,
-        )
-        pictures[ids[0].item() : ids[-1].item() + 1] = x.permute(0, 2, 3, 1).cpu().numpy()
+        images = draw_batch(sit, vae, ids, labels, args, precision)  # (b,3,H,W)
+        pictures[first:end] = images.permute(0, 2, 3, 1).cpu().numpy()
         mark_done(pictures, done, block)
+
     barrier()
     if rank() == 0:
         labels = set_labels(args.labels, torch.arange(args.num), sit.num_classes, args.seed).numpy()
@@ -289,21 +379,35 @@ def draw_set(sit, vae, args, device, precision, settings):
         say(f"{args.num} pictures: {args.out}")
 
 
+def output_path(args, sit_path):
+    """--out, or its default beside the SiT. Raises UserError if its ending does not fit."""
+    out = args.out
+    if not out:
+        folder = sit_path if os.path.isdir(sit_path) else os.path.dirname(sit_path)
+        out = os.path.join(folder, "samples.npz" if args.num else "grid.png")
+    ending = ".npz" if args.num else ".png"
+    if not out.endswith(ending):
+        raise UserError(
+            f"--out {out}: a set (--num) is a .npz file, a grid (--classes, --n) a .png"
+        )
+    return out
+
+
 def main():
     args = parse_arguments()
     device = setup(args.device)
     precision = resolve_precision(args.precision, device)
-    path = args.sit or os.path.dirname(
-        newest_result("sit.safetensors", "SiT", "python train_sit.py")
-    )
-    sit, vae = load_pair(path, args.vae, device, ema=not args.raw)
+
+    # Networks
+    sit_path = args.sit
+    if not sit_path:
+        newest = newest_result("sit.safetensors", "SiT", "python train_sit.py")
+        sit_path = os.path.dirname(newest)
+    sit, vae = load_pair(sit_path, args.vae, device, ema=not args.raw)
     vae.to(memory_format=conv_memory_format(device, precision))
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    args.out = args.out or os.path.join(folder, "samples.npz" if args.num else "grid.png")
-    if args.out.endswith(".npz") != bool(args.num) or not args.out.endswith((".npz", ".png")):
-        raise UserError(
-            f"--out {args.out}: a set (--num) is a .npz file, a grid (--classes, --n) a .png"
-        )
+    args.out = output_path(args, sit_path)
+
+    # Settings: all that moves FID. They are recorded in a set, and tell whether it may be resumed.
     settings = dict(
         sampler=args.sampler,
         steps=args.steps,
@@ -322,48 +426,22 @@ def main():
         provenance=provenance(),
     )
     say(
-        f"SiT       {path}, {settings['weights']} weights of step {sit.info['step']}; VAE {vae.info['path']}; {precision} on "
-        f"{device}\nsampler   {args.sampler}, {args.steps} steps, cfg {args.cfg} for t in {args.interval}"
+        f"SiT       {sit_path}, {settings['weights']} weights of step {sit.info['step']}; "
+        f"VAE {vae.info['path']}; {precision} on {device}"
     )
-    if args.compile if args.compile is not None else device.type == "cuda":
-        sit.forward, vae.decode = torch.compile(sit.forward), torch.compile(vae.decode)
-    if args.num:
-        return draw_set(sit, vae, args, device, precision, settings)
+    say(f"sampler   {args.sampler}, {args.steps} steps, cfg {args.cfg} for t in {args.interval}")
 
-    k = sit.num_classes
-    classes = (
-        class_numbers(args.classes, sit)
-        if args.classes
-        else [i * k // min(k, 8) for i in range(min(k, 8))]
-    )
-    if rank() == 0:
-        ids = torch.arange(len(classes) * args.n, device=device)
-        labels = torch.tensor(classes, device=device).repeat_interleave(args.n)
-        chunks = tqdm(zip(ids.split(args.batch_size), labels.split(args.batch_size)), unit="batch")
-        x = torch.cat(
-            [
-                draw(
-                    sit,
-                    vae,
-                    i,
-                    y,
-                    args.seed,
-                    precision,
-                    args.sampler,
-                    args.steps,
-                    args.cfg,
-                    args.interval,
-                )
-                for i, y in chunks
-            ]
-        )
-        save_grid(args.out, x.split(args.n))
-        names = sit.info.get("classes") or classes
-        say(
-            f"{len(x)} pictures: {args.out}, a row each of "
-            + ", ".join(str(names[c]) for c in classes)
-        )
-    barrier()
+    # Pictures
+    compiled = args.compile
+    if compiled is None:
+        compiled = device.type == "cuda"
+    if compiled:
+        sit.forward = torch.compile(sit.forward)
+        vae.decode = torch.compile(vae.decode)
+    if args.num:
+        draw_set(sit, vae, args, device, precision, settings)
+    else:
+        draw_grid(sit, vae, args, device, precision)
 
 
 if __name__ == "__main__":
