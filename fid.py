@@ -1,15 +1,18 @@
-"""Measure a set of pictures against a reference: FID, sFID, Inception Score, precision and recall, as ADM's evaluator
-defines them; or a VAE's reconstructions against their originals: rFID, PSNR, SSIM, LPIPS.
+"""Measure a set of pictures against a reference: FID, sFID, Inception Score, precision and recall,
+as ADM's evaluator defines them; or a VAE's reconstructions against their originals: rFID, PSNR,
+SSIM, LPIPS.
 
-    FID = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), mu and S: mean and covariance of a network's features of a set.
+    FID = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), where mu and S are the mean and the covariance
+    of a network's features of a set.
 
-    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # against ADM's reference batch
-    python fid.py runs/sit/samples --ref data/imagenet/train          # folders; the reference's part is kept for later
+    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # against ADM's reference
+    python fid.py drawn_pictures --ref data/imagenet/train            # two folders of pictures
     python fid.py --vae runs/vae --data data/imagenet/val             # reconstruction
-    python fid.py A --ref B --features vit_small_patch14_dinov2.lvd142m     # FD-<model>, in any timm model's features
+    python fid.py A --ref B --features vit_small_patch14_dinov2.lvd142m  # any timm model's features
 
-Pictures are 8-bit RGB; features are float32, statistics and distances float64. The result is printed and written as
-JSON beside the samples (samples.fid.json), with everything that moves the numbers. Several processes: torchrun.
+Pictures are 8-bit RGB. Features are float32, statistics and distances float64. The statistics of a
+reference are kept under runs/cache. The result is printed and written as JSON beside the samples
+(samples.fid.json), with everything that moves the numbers. For several processes use torchrun.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
+from torch import nn
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
@@ -40,88 +44,94 @@ from common.files import (
 )
 from common.flags import parse_flags, positive, whole_number
 from common.pictures import ImageSet, PictureBlocks, from_uint8, load_batches, to_uint8
-from common.processes import (
-    barrier,
-    mean_over_processes,
-    rank,
-    run_main,
-    say,
-    setup,
-    sum_over_processes,
-    world,
-)
+from common.processes import barrier, rank, run_main, say, setup, sum_over_processes, world
 from common.runs import newest_result, provenance
 from common.weights import load_vae
 from models import LPIPS
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_HASH = WEIGHTS[-12:-4]  # the start of its sha256
+# The start of the file's sha256.
+WEIGHTS_HASH = "6726825d"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-STATISTICS = dict(
-    mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023)
-)  # shapes, of Inception
+# Inception's statistics as ADM's .npz files name them, and their shapes: of the pooled features,
+# and of the spatial ones (_s).
+STATISTICS = {
+    "mu": (2048,),
+    "sigma": (2048, 2048),
+    "mu_s": (2023,),
+    "sigma_s": (2023, 2023),
+}
+# Pictures in one split of the Inception Score.
+SPLIT_SIZE = 5000
 FORM = (
-    "a set is a folder of pictures, or an .npz with arr_0, uint8 of shape (N,H,W,3), as sample.py writes it; a "
-    "reference may have Inception's mu and sigma instead"
+    "a set is a folder of pictures, or an .npz with arr_0, uint8 of shape (N,H,W,3), as sample.py "
+    "writes it; a reference may have Inception's mu and sigma instead"
 )
+
+
+def two_or_more(text):
+    return whole_number(text, least=2)
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
+    g = p.add_argument_group("samples")
+    g.add_argument(
         "samples",
         nargs="?",
         help=".npz (arr_0) or folder (default: the newest samples.npz under runs/)",
     )
-    p.add_argument(
+    g.add_argument(
         "--ref",
-        help=".npz (mu and sigma, or arr_0, or ADM's with all of them) or folder of pictures",
+        help=".npz (mu and sigma, or arr_0, or all of them as ADM's) or folder of pictures",
     )
-    p.add_argument(
+    g.add_argument(
         "--pr-images",
         type=whole_number,
         default=50000,
-        help="of each set, for precision and recall; 0: neither",
+        help="pictures of each set for precision and recall; 0: neither is measured",
     )
-    p.add_argument(
+    g = p.add_argument_group("reconstructions")
+    g.add_argument(
         "--vae", help="VAE: file, run folder, published checkpoint or hf:<owner>/<repository>"
     )
-    p.add_argument(
-        "--data", help="for --vae: pictures to encode and decode; the posterior's mean is decoded"
-    )
-    p.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="for --vae; 0: no LPIPS")
-    p.add_argument(
+    g.add_argument("--data", help="pictures to encode and to decode from the mean of the posterior")
+    g.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="0: no LPIPS")
+    g.add_argument(
         "--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers"
     )
-    p.add_argument(
+    g = p.add_argument_group("pictures and features")
+    g.add_argument(
         "--num",
-        type=lambda text: whole_number(text, least=2),
-        help="use so many pictures of the set: an .npz's first, a folder's evenly spaced",
+        type=two_or_more,
+        help="number of pictures of the set: an .npz's first, a folder's evenly spaced "
+        "(default: all)",
     )
-    p.add_argument(
+    g.add_argument(
         "--size",
         type=positive,
-        help="cut folders' pictures to this side (default: the samples' or the VAE's)",
+        help="side to which a folder's pictures are cropped (default: the samples' or the VAE's)",
     )
-    p.add_argument(
+    g.add_argument(
         "--features",
         help="timm model to measure the Frechet distance with, instead of FID's Inception",
     )
-    p.add_argument(
+    g.add_argument(
         "--features-weights", help="local file of its weights (default: timm's, from the hub)"
     )
-    p.add_argument("--inception-weights", help=f"local {WEIGHTS} (default: downloaded once)")
-    p.add_argument("--out", help="JSON file of the result (default: beside the samples or the VAE)")
-    p.add_argument(
+    g.add_argument("--inception-weights", help=f"local {WEIGHTS} (default: downloaded once)")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="JSON file of the result (default: beside the samples or the VAE)")
+    g.add_argument(
         "--batch-size",
         type=positive,
         default=16,
         help="pictures a process takes at once (16 is best on a CPU)",
     )
-    p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    p.add_argument(
+    g.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    g.add_argument(
         "--workers",
         type=whole_number,
         help="loader processes per process (default: its share of the cores)",
@@ -129,31 +139,39 @@ def parse_arguments(argv=None):
     return parse_flags(p, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Feature networks: uint8 (B,3,H,W) -> dict of features. `about` is what identifies a network and its resize
+# --------------------------------------------------------------------------------------------------
+# Feature networks
+#
+# A feature network maps pictures, uint8 (B,3,H,W) of any size, to {"pool": (B,D), ...}, float32.
+#   dims: {name: D} of the features whose mean and covariance are measured, "pool" among them.
+#   about: what identifies the network and its resize; it is written into the result.
 
 
 def tf_resize(x, size):
-    """Float (B,C,H,W) -> (B,C,size,size) as TensorFlow 1's resize_bilinear does it: bilinear between the pixels at
-    floor(i * H/size) and the next one, no half-pixel shift, no antialiasing; the same float32 operations."""
+    """Resize float (B,C,H,W) to (B,C,size,size) as TensorFlow 1's resize_bilinear does.
+
+    It interpolates between the pixels at floor(i * H/size) and the next one, with no half-pixel
+    shift and no antialiasing. The float32 operations are the same, so the results are too.
+    """
     for axis, shape in ((3, (1, size)), (2, (size, 1))):
-        at = torch.arange(size, device=x.device) * torch.tensor(
-            x.shape[axis] / size, dtype=torch.float32
-        )
-        low = at.long()
-        a, b = (
-            x.index_select(axis, low),
-            x.index_select(axis, (low + 1).clamp(max=x.shape[axis] - 1)),
-        )
-        x = a + (b - a) * (at - low).view(shape)
+        length = x.shape[axis]
+        scale = torch.tensor(length / size, dtype=torch.float32)
+        position = torch.arange(size, device=x.device) * scale
+        low = position.long()
+        high = (low + 1).clamp(max=length - 1)
+        weight = (position - low).view(shape)
+        a = x.index_select(axis, low)
+        b = x.index_select(axis, high)
+        x = a + (b - a) * weight
     return x
 
 
 class MaxPoolE(tv.InceptionE):
-    """The last block, Mixed_7c, with a max pool where the others have an average."""
+    """The last block, Mixed_7c: its pooling branch has a max pool where Mixed_7b averages."""
 
     def _forward(self, x):
-        a, b = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        a = self.branch3x3_1(x)
+        b = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         return [
             self.branch1x1(x),
             self.branch3x3_2a(a),
@@ -165,7 +183,7 @@ class MaxPoolE(tv.InceptionE):
 
 
 def published_weights():
-    """-> path of the published file in torch.hub's folder, where it is downloaded to once."""
+    """Path of the published weights in torch.hub's folder, after downloading them if need be."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
     try:
         if rank() == 0 and not os.path.isfile(path):
@@ -173,511 +191,774 @@ def published_weights():
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_HASH)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"cannot download Inception's weights ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
-            f"put it at {path}, or name it with --inception-weights"
+            f"cannot download Inception's weights ({first_line(error)}); fetch {WEIGHTS_URL} "
+            f"elsewhere and put it at {path}, or name it with --inception-weights"
         ) from None
     barrier()
     return path
 
 
-class Inception(tv.Inception3):
-    """The 2015 TensorFlow Inception that defines FID, under the names of its published PyTorch conversion. Batch norms
-    are folded into the convolutions and memory is channels_last, which is twice as fast on a CPU."""
+def exclude_padding(branch, inputs):
+    """Forward pre-hook of a convolution that follows a 3x3 average pool, x (B,C,h,w).
 
-    dims = dict(pool=2048, spatial=2023)
+    torchvision's pool counts the padding as zero pixels, TensorFlow's averages over true pixels
+    only. Dividing by the share of true pixels turns the former into the latter.
+    """
+    x = inputs[0]
+    ones = torch.ones_like(x[:1, :1])
+    return x / F.avg_pool2d(ones, 3, 1, 1)
+
+
+class Inception(tv.Inception3):
+    """The 2015 TensorFlow Inception that defines FID, from its published PyTorch conversion.
+
+    weights: a local file, which may be another than the published one; without it the published
+    file is downloaded. Raises UserError if the file cannot be read or does not fit.
+    """
 
     def __init__(self, weights=None):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
         self.Mixed_7c = MaxPoolE(2048)
+
         path = weights or published_weights()
         with reading(path, "Inception's weights"), open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         published = digest.startswith(WEIGHTS_HASH)
         if not published and not weights:
             raise UserError(
-                f"{path} is not the published file: its sha256 begins with {digest[:8]}, not {WEIGHTS_HASH}; remove "
-                "it to have it downloaded again, or name it with --inception-weights to use it as it is"
+                f"{path} is not the published file: its sha256 begins with {digest[:8]}, not "
+                f"{WEIGHTS_HASH}; remove it to have it downloaded again, or name it with "
+                "--inception-weights to use it as it is"
             )
         if not published:
             say(
-                f"warning: {path} is not the published file: numbers made with it are comparable with each other only"
+                f"warning: {path} is not the published file: "
+                "numbers made with it are comparable with each other only"
             )
         load_strictly(self, read_weights(path)[0], path)
-        self.about = dict(
-            name="Inception",
-            weights=digest,
-            published=published,
-            resize="TensorFlow 1 bilinear to 299x299",
-        )
+        self.dims = {"pool": 2048, "spatial": 2023}
+        self.about = {
+            "name": "Inception",
+            "weights": digest,
+            "published": published,
+            "resize": "TensorFlow 1 bilinear to 299x299",
+        }
+
+        # Folding the batch norms into the convolutions and storing images as channels_last makes it
+        # twice as fast on a CPU.
         self.eval().requires_grad_(False)
-        for name, m in list(self.named_modules()):
-            if isinstance(m, tv.BasicConv2d):
-                m.conv, m.bn = (
-                    torch.nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.bn),
-                    torch.nn.Identity(),
-                )
-            if (
-                name.endswith("branch_pool") and "Mixed_7c" not in name
-            ):  # its average counted padding as pixels
-                m.register_forward_pre_hook(
-                    lambda _, x: x[0] / F.avg_pool2d(torch.ones_like(x[0][:1, :1]), 3, 1, 1)
-                )
+        for name, module in list(self.named_modules()):
+            if isinstance(module, tv.BasicConv2d):
+                module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
+                module.bn = nn.Identity()
+            if name.endswith("branch_pool") and "Mixed_7c" not in name:
+                module.register_forward_pre_hook(exclude_padding)
         self.to(memory_format=torch.channels_last)
 
+    # TF32 would round the factors of its products to 10 bits.
     @torch.no_grad()
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # its products have 10 bits
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
-        """uint8 (B,3,H,W) -> pool (B,2048), spatial (B,2023) = 17x17x7, and logits (B,1008) without bias."""
-        x = ((tf_resize(images.float(), 299) - 128) / 128).contiguous(
-            memory_format=torch.channels_last
-        )
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B,64,147,147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B,192,71,71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B,288,35,35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B,768,17,17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # of its 1x1 branch
-        pool = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean(
-            (2, 3)
-        )  # over 8x8
-        return dict(pool=pool, spatial=spatial, logits=pool.double() @ self.fc.weight.double().T)
+        """uint8 (B,3,H,W) -> pool (B,2048), spatial (B,2023), and logits (B,1008) without bias."""
+        x = (tf_resize(images.float(), 299) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_1a_3x3(x)
+        x = self.Conv2d_2a_3x3(x)
+        x = self.Conv2d_2b_3x3(x)  # (B,64,147,147)
+        x = F.max_pool2d(x, 3, 2)
+        x = self.Conv2d_3b_1x1(x)
+        x = self.Conv2d_4a_3x3(x)  # (B,192,71,71)
+        x = F.max_pool2d(x, 3, 2)
+        x = self.Mixed_5b(x)
+        x = self.Mixed_5c(x)
+        x = self.Mixed_5d(x)  # (B,288,35,35)
+        x = self.Mixed_6a(x)
+        x = self.Mixed_6b(x)
+        x = self.Mixed_6c(x)
+        x = self.Mixed_6d(x)  # (B,768,17,17), the first channels from its 1x1 branch
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # 17*17*7 = 2023
+        x = self.Mixed_6e(x)
+        x = self.Mixed_7a(x)
+        x = self.Mixed_7b(x)
+        x = self.Mixed_7c(x)  # (B,2048,8,8)
+        pool = x.mean((2, 3))
+        logits = pool.double() @ self.fc.weight.double().T
+        return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
-class TimmFeatures(torch.nn.Module):
-    """The pooled features (class token or average, as the model has it) of any timm model."""
+class TimmFeatures(nn.Module):
+    """The pooled features of any timm model: class token or average, as the model has it.
+
+    weights: a local file in timm's key names; without it timm downloads its own. Raises UserError
+    if timm cannot build the model with these weights.
+    """
 
     def __init__(self, name, weights=None):
         super().__init__()
-        import timm  # slow to import, and most runs do without
+        # Imported here: timm is slow to import, and most runs do without it.
+        import timm
 
-        source = (
-            dict(pretrained_cfg_overlay=dict(file=str(weights), custom_load=False))
-            if weights
-            else {}
-        )
+        source = {}
+        if weights:
+            overlay = {"file": str(weights), "custom_load": False}
+            source = {"pretrained_cfg_overlay": overlay}
         try:
             self.model = timm.create_model(name, pretrained=True, num_classes=0, **source).eval()
         except Exception as error:
             raise UserError(
-                f"--features {name}: timm cannot build it with its weights ({first_line(error)}); choose "
-                "another, or give a file in timm's key names with --features-weights"
+                f"--features {name}: timm cannot build it with its weights ({first_line(error)}); "
+                "choose another, or give a file in timm's key names with --features-weights"
             ) from None
-        self.data = timm.data.resolve_model_data_config(self.model)
-        self.side, self.dims = self.data["input_size"][-1], dict(pool=self.model.num_features)
-        self.about = dict(
-            name=name,
-            weights=state_hash(self.model.state_dict()),
-            published=True,
-            resize=f"antialiased bicubic to {self.side}x{self.side}",
-        )
+        config = timm.data.resolve_model_data_config(self.model)
+        self.side = config["input_size"][-1]
+        self.mean = config["mean"]
+        self.std = config["std"]
+        self.dims = {"pool": self.model.num_features}
+        self.about = {
+            "name": name,
+            "weights": state_hash(self.model.state_dict()),
+            "published": True,
+            "resize": f"antialiased bicubic to {self.side}x{self.side}",
+        }
 
     @torch.no_grad()
     def forward(self, images):
-        x = (
-            F.interpolate(
-                images.float(), (self.side, self.side), mode="bicubic", antialias=True
-            ).clamp(0, 255)
-            / 255
-        )
-        mean, std = (x.new_tensor(self.data[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return dict(pool=self.model((x - mean) / std))
+        """uint8 (B,3,H,W) -> pool (B,D)."""
+        size = (self.side, self.side)
+        x = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+        x = x.clamp(0, 255) / 255
+        mean = x.new_tensor(self.mean).view(3, 1, 1)
+        std = x.new_tensor(self.std).view(3, 1, 1)
+        return {"pool": self.model((x - mean) / std)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measures
+# --------------------------------------------------------------------------------------------------
+# Measures of features
+
+
+def pivoted_cholesky(sigma):
+    """Factor a covariance, float64 array (D,D) -> L (D, its rank) with L L^T = sigma."""
+    lower, pivots, rank, _ = dpstrf(sigma, lower=1)
+    return np.tril(lower)[np.argsort(pivots), :rank]
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared Frechet distance of two Gaussians, in float64. tr (S1 S2)^(1/2) is the sum of the singular values of
-    L1^T L2, where S = L L^T: the roots of the eigenvalues of S1 S2, but no rounded eigenvalue has its root taken, which
-    would turn 1e-16 into 1e-8; so singular covariances and equal ones do no harm."""
+    """Squared Frechet distance of two Gaussians: means (D,), covariances (D,D), in float64.
 
-    def factor(sigma):  # pivoted Cholesky, which ends at the rank of sigma
-        lower, pivots, rank, _ = dpstrf(sigma, lower=1)
-        return np.tril(lower)[np.argsort(pivots), :rank]
-
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    roots = torch.linalg.svdvals(torch.from_numpy(factor(sigma1).T @ factor(sigma2)))
+    With S = L L^T for both covariances, tr (S1 S2)^(1/2) is the sum of the singular values of
+    L1^T L2: they are the square roots of the eigenvalues of S1 S2. No eigenvalue is computed and
+    then rooted, which would turn a rounding error of 1e-16 into one of 1e-8. So covariances that
+    are singular, or equal, do no harm.
+    """
+    mu1 = np.asarray(mu1, dtype=np.float64)
+    mu2 = np.asarray(mu2, dtype=np.float64)
+    sigma1 = np.asarray(sigma1, dtype=np.float64)
+    sigma2 = np.asarray(sigma2, dtype=np.float64)
+    product = pivoted_cholesky(sigma1).T @ pivoted_cholesky(sigma2)
+    trace_of_root = torch.linalg.svdvals(torch.from_numpy(product)).sum().item()
     return float(
-        np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum().item()
+        np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     )
 
 
-def score_terms(probs):
-    """Probabilities (B,C) -> (B,C+1), p and sum p log p, whose sum over a split is all that its score needs."""
-    p = probs.double()
+def score_terms(probabilities):
+    """Class probabilities p (B,C) -> p and sum_c p log p, float64 (B,C+1).
+
+    Their sum over the pictures of a split is all that the split's score needs.
+    """
+    p = probabilities.double()
     return torch.cat([p, torch.xlogy(p, p).sum(1, keepdim=True)], 1)
 
 
-def inception_score(probs, split_size=5000, sums=None):
-    """Class probabilities (N,C), or the sums of score_terms over each split (splits,C+1) -> Inception Score: mean over
-    the splits, in the order given, of exp(mean KL(p(y|x) || p(y))), as ADM does."""
-    if sums is None:
-        sums = torch.stack(
-            [score_terms(part).sum(0) for part in torch.as_tensor(probs).split(split_size)]
-        )
-    mean = sums / sums[:, :-1].sum(1, keepdim=True)  # each p sums to 1, hence all to their number
-    return (mean[:, -1] - torch.xlogy(mean[:, :-1], mean[:, :-1]).sum(1)).exp().mean().item()
+def inception_score(sums):
+    """Sums of score_terms over each split, (splits,C+1) -> Inception Score.
+
+    The score is the mean over the splits of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator.
+    """
+    # The probabilities of a picture sum to 1, so those of a split sum to its number of pictures.
+    count = sums[:, :-1].sum(1, keepdim=True)
+    mean = sums / count
+    marginal = mean[:, :-1]
+    divergence = mean[:, -1] - torch.xlogy(marginal, marginal).sum(1)
+    return divergence.exp().mean().item()
+
+
+def squared_distances(a, b):
+    """Rows (N,D), (M,D) -> squared Euclidean distances (N,M), by |a|^2 + |b|^2 - 2 ab.
+
+    This is faster and takes less memory than torch.cdist.
+    """
+    a_squared = torch.linalg.vector_norm(a, dim=1).square()
+    b_squared = torch.linalg.vector_norm(b, dim=1).square()
+    return torch.addmm(b_squared, a, b.T, alpha=-2).add_(a_squared[:, None])
+
+
+def neighbour_distances(x, k, block):
+    """Rows (N,D) -> squared distance (N,) of each from its k-th neighbour among the others."""
+    distances = []
+    for part in x.split(block):
+        # The nearest of all is the row itself.
+        nearest = squared_distances(part, x).topk(k + 1, largest=False).values
+        distances.append(nearest[:, k])
+    return torch.cat(distances)
 
 
 def precision_recall(ref, samples, k=3, block=512):
-    """Features (N,D), (M,D) -> precision: share of samples inside the ball of some reference picture, which reaches to
-    its k-th neighbour; recall: the roles exchanged. Squared distances in float64, `block` rows at a time."""
+    """Features of the reference (N,D) and of the samples (M,D) -> precision, recall.
 
-    def distances(rows, x):  # |a|^2 + |b|^2 - 2 ab, faster and smaller than torch.cdist
-        a, b = (torch.linalg.vector_norm(v, dim=1).square() for v in (rows, x))
-        return torch.addmm(b, rows, x.T, alpha=-2).add_(a[:, None])
+    Precision is the share of the samples that lie in the ball of some reference picture, which
+    reaches to that picture's k-th neighbour in the reference. Recall exchanges the roles
+    (Kynkaanniemi et al. 2019). Distances are float64; `block` pictures are compared at a time.
+    """
+    ref = torch.as_tensor(ref).double()
+    samples = torch.as_tensor(samples).double()
+    ref_radii = neighbour_distances(ref, k, block)
+    sample_radii = neighbour_distances(samples, k, block)
+    precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    recalled = []
+    for part, radii in zip(ref.split(block), ref_radii.split(block), strict=True):
+        distances = squared_distances(part, samples)  # (block,M)
+        precise |= (distances <= radii[:, None]).any(0)
+        recalled.append((distances <= sample_radii).any(1))
+    precision = precise.double().mean().item()
+    recall = torch.cat(recalled).double().mean().item()
+    return precision, recall
 
-    def radii(x):  # k + 1, as a picture itself is its nearest
-        return torch.cat(
-            [distances(rows, x).topk(k + 1, largest=False).values[:, k] for rows in x.split(block)]
-        )
 
-    ref, samples = torch.as_tensor(ref).double(), torch.as_tensor(samples).double()
-    sample_radii, precise, recalled = radii(samples), False, []
-    for rows, reach in zip(ref.split(block), radii(ref).split(block)):
-        d = distances(rows, samples)
-        precise |= (d <= reach[:, None]).any(0)
-        recalled.append((d <= sample_radii).any(1))
-    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+# --------------------------------------------------------------------------------------------------
+# Measures of reconstructions
 
 
 def psnr(a, b, data_range=255):
-    """Images (B,3,H,W) -> dB (B,); equal ones get 148 at data range 255, as if their mean squared error were 1e-10."""
-    return 10 * torch.log10(
-        data_range**2 / (a.double() - b.double()).square().mean((1, 2, 3)).clamp(min=1e-10)
-    )
+    """Images (B,3,H,W) -> peak signal-to-noise ratio (B,) in dB.
+
+    Equal images get 148 dB at data range 255, as if their mean squared error were 1e-10.
+    """
+    error = (a.double() - b.double()).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return 10 * torch.log10(data_range**2 / error)
+
+
+def gaussian_blur(x):
+    """Images (B,C,H,W) -> (B,C,H-10,W-10): means under an 11x11 Gaussian window of sigma 1.5.
+
+    On a CPU this is three times as fast as a float64 convolution.
+    """
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    window = torch.softmax(-offsets.square() / (2 * 1.5**2), 0).tolist()
+    height = x.shape[2] - 10
+    width = x.shape[3] - 10
+    x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(window))
+    return sum(weight * x[..., i : i + width] for i, weight in enumerate(window))
 
 
 def ssim(a, b, data_range=255):
-    """Images (B,C,H,W), at least 11x11 -> structural similarity (B,): Gaussian window 11x11 of sigma 1.5, inside the
-    picture (as scikit-image; torchmetrics' mean includes a mirrored border), K 0.01 and 0.03, each channel alone."""
-    g = torch.softmax(
-        -(torch.arange(11, dtype=torch.float64) - 5).square() / (2 * 1.5**2), 0
-    ).tolist()
+    """Images (B,C,H,W) of at least 11x11 pixels -> structural similarity (B,), in [-1,1].
 
-    def blur(x):  # a float64 convolution is three times slower on a CPU
-        x = sum(w * x[:, :, i : x.shape[2] - 10 + i] for i, w in enumerate(g))
-        return sum(w * x[..., i : x.shape[3] - 10 + i] for i, w in enumerate(g))
-
-    a, b = a.double(), b.double()
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = (
-        blur(a * a) - mean_a**2,
-        blur(b * b) - mean_b**2,
-        blur(a * b) - mean_a * mean_b,
-    )
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    value = (
-        (2 * mean_a * mean_b + c1)
-        * (2 * cov + c2)
-        / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    )
-    return value.mean((1, 2, 3))
+    Wang et al. 2004 with an 11x11 Gaussian window of sigma 1.5, K1 0.01 and K2 0.03, each channel
+    alone. Only windows inside the picture count, as in scikit-image; torchmetrics' mean includes
+    windows over a mirrored border.
+    """
+    a = a.double()
+    b = b.double()
+    mean_a = gaussian_blur(a)
+    mean_b = gaussian_blur(b)
+    variance_a = gaussian_blur(a * a) - mean_a**2
+    variance_b = gaussian_blur(b * b) - mean_b**2
+    covariance = gaussian_blur(a * b) - mean_a * mean_b
+    c1 = (0.01 * data_range) ** 2
+    c2 = (0.03 * data_range) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    denominator = (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    return (numerator / denominator).mean((1, 2, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From sets of pictures to numbers
+# --------------------------------------------------------------------------------------------------
+# Sets of pictures
 
 
 class ArraySet:
-    """An .npz under ImageSet's names, with `statistics` of Inception and `settings` of sample.py where it has them. Pictures
-    are read when asked for. fingerprint: of the arrays' names, sizes and checksums, which open_npz compares with the data."""
+    """The pictures of an .npz under ImageSet's names. They are read when they are asked for.
+
+    names: range over the pictures, empty if there is no arr_0. labels: (N,) or None.
+    statistics: those of Inception's features that the file holds, {name: float64 tensor}.
+    settings: what sample.py recorded, or None. fingerprint: hash of the arrays' names, sizes and
+    checksums; open_npz has compared the checksums with the data. smallest: the shorter side.
+    Raises UserError if the file is damaged or not of the form of a set.
+    """
 
     def __init__(self, path):
-        self.shape, self.labels, self.settings = (0, 0, 0, 3), None, None
+        self.path = path
         with reading(path, f".npz ({FORM})"):
-            file = self.file = open_npz(path)  # stays open for the pictures
-            names = set(STATISTICS) & set(file) if "mu" in file and "sigma" in file else ()
-            self.statistics = {k: torch.from_numpy(file[k].astype(np.float64)) for k in names}
-            if "settings" in file:
-                self.settings = json.loads(str(file["settings"]))
-            if "arr_0" in file:
-                self.rows = file.zip.open("arr_0.npy")
-                np.lib.format.read_magic(self.rows)
-                self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.rows)
-                self.start = self.rows.tell()
-                if (
-                    dtype != np.uint8
-                    or fortran
-                    or len(self.shape) != 4
-                    or self.shape[3] != 3
-                    or 0 in self.shape[1:3]
-                ):
+            # The file stays open for the pictures.
+            self.file = open_npz(path)
+            self.statistics = self.read_statistics()
+            self.settings = None
+            if "settings" in self.file:
+                self.settings = json.loads(str(self.file["settings"]))
+            self.shape = (0, 0, 0, 3)
+            if "arr_0" in self.file:
+                self.open_pictures()
+            self.labels = self.read_labels()
+            members = self.file.zip.infolist()
+        self.names = range(self.shape[0])
+        self.smallest = min(self.shape[1:3])
+        arrays = sorted((member.filename, member.file_size, member.CRC) for member in members)
+        self.fingerprint = hashlib.sha256(json.dumps(arrays).encode()).hexdigest()
+
+    def read_statistics(self):
+        if "mu" not in self.file or "sigma" not in self.file:
+            return {}
+        return {
+            name: torch.from_numpy(self.file[name].astype(np.float64))
+            for name in STATISTICS
+            if name in self.file
+        }
+
+    def open_pictures(self):
+        """Read the header of arr_0 -> .shape (N,H,W,3); .pixels, the open file; .start in it."""
+        self.pixels = self.file.zip.open("arr_0.npy")
+        np.lib.format.read_magic(self.pixels)
+        self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.pixels)
+        self.start = self.pixels.tell()
+        is_pictures = len(self.shape) == 4 and self.shape[3] == 3 and 0 not in self.shape[1:3]
+        if dtype != np.uint8 or fortran or not is_pictures:
+            order = " (Fortran order)" if fortran else ""
+            raise UserError(f"{self.path}: arr_0 is {dtype} of shape {self.shape}{order}; {FORM}")
+
+    def read_labels(self):
+        """Labels as ADM writes them (arr_1) or as sample.py does (labels), or None."""
+        labels = None
+        for name in ("arr_1", "labels"):
+            if name in self.file:
+                labels = self.file[name]
+                if labels.shape != self.shape[:1]:
                     raise UserError(
-                        f"{path}: arr_0 is {dtype} of shape {self.shape}{' (Fortran order)' * fortran}; {FORM}"
+                        f"{self.path}: {name} has shape {labels.shape}, but arr_0 holds "
+                        f"{self.shape[0]} pictures; give one label each, or leave labels out"
                     )
-            for name in {"labels", "arr_1"} & set(file):  # sample.py's, ADM's
-                self.labels = file[name]
-                if self.labels.shape != self.shape[:1]:
-                    raise UserError(
-                        f"{path}: {name} has shape {self.labels.shape}, but arr_0 holds {self.shape[0]} pictures; "
-                        "give one label each, or leave labels out"
-                    )
-            arrays = [
-                (member.filename, member.file_size, member.CRC) for member in file.zip.infolist()
-            ]
-        self.names, self.smallest = range(self.shape[0]), min(self.shape[1:3])
-        self.fingerprint = hashlib.sha256(json.dumps(sorted(arrays)).encode()).hexdigest()
+        return labels
 
     def stack(self, index, size):
-        """Indices in a row -> uint8 (b,3,H,W); size is for folders."""
-        length = math.prod(self.shape[1:])
-        self.rows.seek(self.start + int(index[0]) * length)
-        images = np.frombuffer(self.rows.read(len(index) * length), np.uint8).reshape(
-            -1, *self.shape[1:]
-        )
+        """Consecutive indices (b,) -> uint8 (b,3,H,W). size is ignored; ImageSet crops to it."""
+        picture_bytes = math.prod(self.shape[1:])
+        self.pixels.seek(self.start + int(index[0]) * picture_bytes)
+        data = self.pixels.read(len(index) * picture_bytes)
+        images = np.frombuffer(data, np.uint8).reshape(-1, *self.shape[1:])
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
 class Pictures:
-    """A set in batches: `num` evenly spaced pictures of a folder, cut to `size`, or the first `num` of an .npz, as they are;
-    `arrays` is its ArraySet, where there is one already."""
+    """A set in batches: pictures of a folder, cropped to `size`, or of an .npz, as they are.
+
+    num: how many, evenly spaced of a folder, the first of an .npz (default: all). arrays: the
+    ArraySet of the .npz, if it is open already.
+
+    set: the ImageSet or ArraySet. chosen: int (count,), indices into it. record: what identifies
+    the set, for the result. Raises UserError if there are not enough pictures.
+    """
 
     def __init__(self, path, num=None, size=None, batch_size=16, arrays=None):
-        self.path, self.batch_size, self.folder = path, batch_size, os.path.isdir(path)
-        self.set = ImageSet(path) if self.folder else arrays or ArraySet(path)
+        self.path = path
+        self.batch_size = batch_size
+        self.folder = os.path.isdir(path)
+        if self.folder:
+            self.set = ImageSet(path)
+            self.size = size or self.set.smallest
+            settings = None
+        else:
+            self.set = arrays if arrays is not None else ArraySet(path)
+            self.size = self.set.smallest
+            settings = self.set.settings
+
         available = len(self.set.names)
-        self.count, self.size = (
-            num or available,
-            size if size and self.folder else self.set.smallest,
-        )
+        self.count = num or available
         if not 2 <= self.count <= available:
-            raise UserError(
-                f"{path} has {available} pictures, but {num or 'at least 2'} are needed; {FORM}"
-            )
-        self.chosen = (
-            np.arange(self.count) * (available if self.folder else self.count) // self.count
-        )
-        self.record = dict(
-            path=path,
-            pictures=self.count,
-            size=self.size,
-            hash=self.set.fingerprint,
-            settings=getattr(self.set, "settings", None),
-        )
+            needed = num or "at least 2"
+            raise UserError(f"{path} has {available} pictures, but {needed} are needed; {FORM}")
+        self.chosen = np.arange(self.count)
+        if self.folder:
+            self.chosen = self.chosen * available // self.count
+
+        self.record = {
+            "path": path,
+            "pictures": self.count,
+            "size": self.size,
+            "hash": self.set.fingerprint,
+            "settings": settings,
+        }
         if self.set.labels is not None:
-            counts = np.unique(self.set.labels[self.chosen], return_counts=True)[1].tolist()
-            self.record["labels"] = dict(classes=len(counts), fewest=min(counts), most=max(counts))
+            _, counts = np.unique(self.set.labels[self.chosen], return_counts=True)
+            self.record["labels"] = {
+                "classes": len(counts),
+                "fewest": int(counts.min()),
+                "most": int(counts.max()),
+            }
 
     def stack(self, index, size):
         return self.set.stack(self.chosen[index], size)
 
     def batches(self, device, workers):
-        """This process's share -> (index (b,), images uint8 (b,3,H,W)) on the device."""
+        """Yield this process's share: positions in the set (b,), images uint8 (b,3,H,W)."""
         blocks = PictureBlocks(self.stack, self.size, self.count, self.batch_size)
-        mine = range(rank(), -(-self.count // self.batch_size), world())
+        mine = range(rank(), math.ceil(self.count / self.batch_size), world())
         loader = load_batches(blocks, mine, workers if self.folder else 0, device)
-        for k, batch in zip(
-            mine, tqdm(loader, self.path, len(mine), unit="batch", leave=False, disable=rank() > 0)
-        ):
-            yield (
-                k * self.batch_size + torch.arange(len(batch["image"]), device=device),
-                batch["image"],
-            )
+        bar = tqdm(
+            loader,
+            desc=self.path,
+            total=len(mine),
+            unit="batch",
+            leave=False,
+            disable=rank() > 0,
+        )
+        for block, batch in zip(mine, bar, strict=True):
+            images = batch["image"]
+            yield block * self.batch_size + torch.arange(len(images), device=device), images
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics of a set
+#
+# They are a dict of tensors, equal on every process:
+#   mu (D,), sigma (D,D): mean and covariance of "pool", float64.
+#   mu_s, sigma_s: those of "spatial", where the network has it.
+#   splits (S,1009): sums of score_terms over each split, float64; zeros where it has no logits.
+#   features (K,D): "pool" of K evenly spaced pictures, float32, for precision and recall.
+
+
+def mean_and_covariance(moments):
+    """Sum over N pictures of (x,1)(x,1)^T, (D+1,D+1) -> mean (D,), covariance (D,D) with N-1."""
+    count = moments[-1, -1]
+    mu = moments[-1, :-1] / count
+    sigma = (moments[:-1, :-1] - count * mu[:, None] * mu) / (count - 1)
+    return mu, sigma
 
 
 def collect(net, batches, count, keep=0):
-    """Streams (index, uint8 (B,3,H,W)) of all processes, `count` pictures, through the network -> dict: mu, sigma of
-    pool; mu_s, sigma_s of spatial; sums of the Inception Score's splits; pool features of `keep` evenly spaced ones."""
-    device, keep = next(net.parameters()).device, min(keep, count)
-    sums = {
-        k: torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
-        for k, d in net.dims.items()
+    """Statistics of a set, from this process's share of its pictures.
+
+    batches: positions in the set (b,) and images uint8 (b,3,H,W). count: pictures of the whole set.
+    keep: number of pictures whose features are kept.
+    """
+    device = next(net.parameters()).device
+    keep = min(keep, count)
+    moments = {
+        name: torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
+        for name, dim in net.dims.items()
     }
-    sums["splits"] = torch.zeros(-(-count // 5000), 1009, dtype=torch.float64, device=device)
-    sums["features"] = torch.zeros(keep, net.dims["pool"], device=device)
+    splits = torch.zeros(
+        math.ceil(count / SPLIT_SIZE), 1008 + 1, dtype=torch.float64, device=device
+    )
+    features = torch.zeros(keep, net.dims["pool"], device=device)
+
     for index, images in batches:
-        out = net(images)
-        for key in net.dims:
-            x = F.pad(out[key].double(), (0, 1), value=1.0)  # one matrix sums x x^T, x, and 1
-            sums[key].addmm_(x.T, x)
-        if "logits" in out:
-            sums["splits"].index_add_(0, index // 5000, score_terms(out["logits"].softmax(1)))
-        row, following = index * keep // count, (index + 1) * keep // count
-        sums["features"][row[following > row]] = out["pool"][following > row]
-    for value in sums.values():
-        sum_over_processes(value)
-    for key, s in (("pool", ""), ("spatial", "_s"))[: len(net.dims)]:
-        x = sums.pop(key)
-        mu, n = x[-1, :-1] / x[-1, -1], x[-1, -1]
-        sums[f"mu{s}"], sums[f"sigma{s}"] = mu, (x[:-1, :-1] - n * mu[:, None] * mu) / (n - 1)
-    return sums
+        outputs = net(images)
+        for name, total in moments.items():
+            x = F.pad(outputs[name].double(), (0, 1), value=1.0)  # (b,D+1)
+            total.addmm_(x.T, x)
+        if "logits" in outputs:
+            terms = score_terms(outputs["logits"].softmax(1))
+            splits.index_add_(0, index // SPLIT_SIZE, terms)
+        # index * keep // count counts the pictures kept before a position. Where it steps up, this
+        # picture is kept.
+        kept_before = index * keep // count
+        is_kept = (index + 1) * keep // count > kept_before
+        features[kept_before[is_kept]] = outputs["pool"][is_kept]
+
+    for total in (*moments.values(), splits, features):
+        sum_over_processes(total)
+    result = {"splits": splits, "features": features}
+    result["mu"], result["sigma"] = mean_and_covariance(moments["pool"])
+    if "spatial" in moments:
+        result["mu_s"], result["sigma_s"] = mean_and_covariance(moments["spatial"])
+    return result
 
 
-def read_statistics(cache, device):
-    """What `collect` gave and was kept, or nothing where there is none or it is damaged."""
+def read_statistics(path, device):
+    """Statistics from a file of the cache, or {} if there is none or it is damaged."""
     try:
-        return {k: v.to(device, copy=True) for k, v in read_weights(cache)[0].items()}
+        state, _ = read_weights(path)
     except UserError as error:
-        if os.path.exists(cache):
-            say(f"warning: {error}; it is computed again")
+        if os.path.exists(path):
+            say(f"warning: {error}; its statistics are computed again")
         return {}
+    return {name: value.to(device, copy=True) for name, value in state.items()}
+
+
+def cached_statistics(net, pictures, keep, workers):
+    """collect(...) of a whole set, or what an earlier run kept of it under runs/cache."""
+    times = []
+    if pictures.folder:
+        # The fingerprint of a folder does not notice a picture that was overwritten by one of
+        # the same size in bytes.
+        times = [os.stat(pictures.set.path(i)).st_mtime_ns for i in pictures.chosen]
+    key = json.dumps([pictures.record, times, keep, net.about])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    cache = os.path.join("runs", "cache", f"fid-{digest}.pt")
+
+    device = next(net.parameters()).device
+    note = f"reference {pictures.path}: {pictures.count} pictures, {pictures.size} px"
+    result = read_statistics(cache, device)
+    if result:
+        say(f"{note}, from {cache}")
+        return result
+    say(note)
+    result = collect(net, pictures.batches(device, workers), pictures.count, keep)
+    if rank() == 0:
+        # Without the file the next run computes them again.
+        with contextlib.suppress(OSError), writing(cache) as file:
+            torch.save(result, file)
+    return result
+
+
+def check_inception_statistics(path, statistics):
+    """Raise UserError unless they are finite and of the shapes in STATISTICS."""
+    wrong = []
+    for name, shape in STATISTICS.items():
+        value = statistics.get(name)
+        if value is not None and (value.shape != shape or not value.isfinite().all()):
+            wrong.append(f"{name} {tuple(value.shape)}")
+    if wrong:
+        raise UserError(
+            f"{path}: {', '.join(wrong)} are not finite statistics of Inception's features, "
+            f"whose shapes are {STATISTICS}; name ADM's file, or one with pictures alone"
+        )
 
 
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
-    """What `collect` gives for a reference, or as much as an .npz holds of it -> dict, record. What was computed is
-    kept under runs/cache for the next time."""
-    device, arrays = next(net.parameters()).device, None if os.path.isdir(path) else ArraySet(path)
-    held = arrays.statistics if arrays and isinstance(net, Inception) else {}
-    wrong = [
-        k
-        for k, shape in STATISTICS.items()
-        if k in held and (held[k].shape != shape or not held[k].isfinite().all())
-    ]
-    if wrong:
-        raise UserError(
-            f"{path}: {', '.join(wrong)} are no finite statistics of Inception's features"
-        )
-    if held and not (keep and arrays.names):
-        return held, dict(path=path, hash=arrays.fingerprint, statistics="of the file")
+    """Statistics of a reference, and a record of where they come from.
+
+    path: a folder, or an .npz with statistics of Inception's features, pictures, or both.
+    size, num, batch_size: as for Pictures. keep: as for collect.
+    Raises UserError if neither statistics nor enough pictures are there.
+    """
+    arrays = None
+    given = {}  # statistics in the file, which are of no use to another network
+    if not os.path.isdir(path):
+        arrays = ArraySet(path)
+        if isinstance(net, Inception):
+            given = arrays.statistics
+            check_inception_statistics(path, given)
+
+    # Statistics alone: no pictures are needed for precision and recall, or the file has none.
+    if given and (keep == 0 or len(arrays.names) == 0):
+        return given, {"path": path, "hash": arrays.fingerprint, "statistics": "of the file"}
+
+    # Pictures alone.
     pictures = Pictures(path, num, size, batch_size, arrays)
-    files = map(pictures.set.path, pictures.chosen) if pictures.folder else ()
-    times = [os.stat(file).st_mtime_ns for file in files]  # the hash would miss a file written over
-    known = json.dumps([pictures.record, times, keep, net.about])
-    cache = os.path.join(
-        "runs", "cache", f"fid-{hashlib.sha256(known.encode()).hexdigest()[:16]}.pt"
-    )
-    result = read_statistics(cache, device)
-    say(
-        f"reference {path}: {pictures.count} pictures, {pictures.size} px"
-        + f", from {cache}" * bool(result)
-    )
-    if not result:
-        result = collect(net, pictures.batches(device, workers), pictures.count, keep)
-        if rank() == 0:
-            with contextlib.suppress(OSError), writing(cache) as file:
-                torch.save(result, file)
-    if held:  # their arr_0 is but a part of the pictures they are of
-        result = dict(held, features=result["features"])
-    return result, dict(pictures.record, statistics="of the file" if held else "computed")
+    computed = cached_statistics(net, pictures, keep, workers)
+    if not given:
+        return computed, {**pictures.record, "statistics": "computed"}
+
+    # Both, as in ADM's files. Their arr_0 is a part of the pictures that the statistics are of, so
+    # only the features for precision and recall are taken from it.
+    reference = {**given, "features": computed["features"]}
+    return reference, {**pictures.record, "statistics": "of the file"}
+
+
+# --------------------------------------------------------------------------------------------------
+# From statistics to results
+
+
+def set_distance(a, b, suffix=""):
+    """Frechet distance of two sets, of the statistics mu<suffix> and sigma<suffix>."""
+    mu = f"mu{suffix}"
+    sigma = f"sigma{suffix}"
+    return frechet_distance(a[mu].cpu(), a[sigma].cpu(), b[mu].cpu(), b[sigma].cpu())
 
 
 def compare(net, got, ref):
-    """Two results of `collect` -> dict of measures, on the first process."""
-    if rank():
+    """Statistics of a set and of its reference -> {measure: float}; {} on all but rank 0.
+
+    The first is "fid", or "fd-<model>" in another network's features. The others are measured
+    where the statistics for them are there.
+    """
+    if rank() != 0:
         return {}
-    main = "fid" if isinstance(net, Inception) else f"fd-{net.about['name']}"
-    values = {
-        main: frechet_distance(*(x[key].cpu() for x in (got, ref) for key in ("mu", "sigma")))
-    }
-    if all({"mu_s", "sigma_s"} <= set(x) for x in (got, ref)):
-        values["sfid"] = frechet_distance(
-            *(x[key].cpu() for x in (got, ref) for key in ("mu_s", "sigma_s"))
-        )
-    if main == "fid":
-        values["inception_score"] = inception_score(None, sums=got["splits"])
-    a, b = ref.get("features", ()), got["features"]
-    if min(len(a), len(b)) > 3:
-        values["precision"], values["recall"] = precision_recall(a.to(b.device), b)
+    values = {}
+    if isinstance(net, Inception):
+        values["fid"] = set_distance(got, ref)
+        spatial = {"mu_s", "sigma_s"}
+        if spatial <= got.keys() and spatial <= ref.keys():
+            values["sfid"] = set_distance(got, ref, "_s")
+        values["inception_score"] = inception_score(got["splits"])
+    else:
+        values[f"fd-{net.about['name']}"] = set_distance(got, ref)
+    features = got["features"]
+    ref_features = ref.get("features", ())
+    # Each picture needs three neighbours.
+    if min(len(features), len(ref_features)) > 3:
+        precision, recall = precision_recall(ref_features.to(features.device), features)
+        values["precision"] = precision
+        values["recall"] = recall
     return values
 
 
 def training_measure(ref, device, weights=None, size=None, workers=None):
-    """For measuring while training: -> f(batches, count) -> dict(fid, sfid, inception_score), empty on all but the
-    first process. batches: this process's share of `count` pictures as (index (B,) int64, uint8 (B,3,H,W))."""
+    """For measuring while training: -> measure(batches, count) -> {fid, sfid, inception_score}.
+
+    batches: this process's share of `count` pictures, as positions in the set int64 (b,) and images
+    uint8 (b,3,H,W). The result is empty on all but rank 0. ref, size: as for read_reference;
+    weights: as for Inception.
+    """
     net = Inception(weights).to(device)
     reference, _ = read_reference(net, ref, size, workers=workers)
-    return lambda batches, count: compare(net, collect(net, batches, count), reference)
+
+    def measure(batches, count):
+        return compare(net, collect(net, batches, count), reference)
+
+    return measure
+
+
+def feature_network(args, count, device):
+    """The network of --features, or Inception, for sets of `count` pictures."""
+    if args.features:
+        net = TimmFeatures(args.features, args.features_weights)
+    else:
+        net = Inception(args.inception_weights)
+    dim = net.dims["pool"]
+    if count <= dim:
+        say(f"warning: {count} pictures for {dim} features: the distance is biased upwards")
+    return net.to(device)
+
+
+def measure_samples(args, device):
+    """Measure `samples` against --ref -> {measure: float}, {what was compared}, default for --out.
+
+    The measures are empty on all but rank 0, and the default lacks its ending.
+    """
+    path = args.samples
+    if not path:
+        command = "python sample.py --num-images 50000"
+        path = newest_result("samples.npz", "set of samples", command)
+    pictures = Pictures(path, args.num, args.size, args.batch_size)
+    net = feature_network(args, pictures.count, device)
+    reference, reference_record = read_reference(
+        net,
+        args.ref,
+        args.size or pictures.size,
+        keep=args.pr_images,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+
+    batches = pictures.batches(device, args.workers)
+    statistics = collect(net, batches, pictures.count, keep=args.pr_images)
+    values = compare(net, statistics, reference)
+    compared = {
+        "samples": pictures.record,
+        "reference": reference_record,
+        "network": net.about,
+        "vae": None,
+    }
+    return values, compared, os.path.abspath(path).removesuffix(".npz")
 
 
 @torch.no_grad()
-def reconstructions(vae, lpips, batches, sums):
-    """-> (index, reconstructed uint8 (B,3,H,W)); adds PSNR, SSIM, LPIPS (8-bit) and the count to `sums`."""
-    for index, x in batches:
-        y = to_uint8(vae.decode(vae.encode(from_uint8(x))[0]))
-        distance = lpips(from_uint8(x), from_uint8(y)) if lpips is not None else torch.zeros(len(x))
-        sums += torch.stack(
-            [v.to(sums).sum() for v in (psnr(x, y), ssim(x, y), distance, torch.ones(len(x)))]
-        )
-        yield index, y
+def reconstructions(vae, lpips, batches, totals):
+    """Yield positions (b,) and reconstructions, uint8 (b,3,H,W), of batches of the same form.
+
+    The mean of the posterior is decoded. The measures in `totals` ("psnr", "ssim" and, with an
+    LPIPS network, "lpips"), float64 scalars, grow by the sum over each batch's 8-bit pictures.
+    """
+    for index, originals in batches:
+        mean, _ = vae.encode(from_uint8(originals))
+        decoded = to_uint8(vae.decode(mean))
+        totals["psnr"] += psnr(originals, decoded).sum()
+        totals["ssim"] += ssim(originals, decoded).sum()
+        if lpips is not None:
+            distance = lpips(from_uint8(originals), from_uint8(decoded))
+            totals["lpips"] += distance.double().sum()
+        yield index, decoded
+
+
+def measure_reconstructions(args, device):
+    """Measure --vae on --data -> as measure_samples; "rfid" stands for the "fid" of compare."""
+    vae = load_vae(args.vae, device)
+    vae.set_resolution(args.size or vae.resolution)
+    names = ["psnr", "ssim"]
+    lpips = None
+    if args.lpips:
+        names.append("lpips")
+        lpips = LPIPS(args.lpips_weights).to(device)
+    # The originals are the reference. These arguments are recorded in the result.
+    args.ref = args.data
+    args.size = vae.resolution
+    args.pr_images = 0
+    pictures = Pictures(args.data, args.num, args.size, args.batch_size)
+    net = feature_network(args, pictures.count, device)
+    reference, reference_record = read_reference(
+        net,
+        args.ref,
+        args.size,
+        num=args.num,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+
+    totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+    originals = pictures.batches(device, args.workers)
+    decoded = reconstructions(vae, lpips, originals, totals)
+    statistics = collect(net, decoded, pictures.count)
+    values = {}
+    for name, value in compare(net, statistics, reference).items():
+        if name not in ("sfid", "inception_score"):
+            values[f"r{name}"] = value
+    for name, total in totals.items():
+        values[name] = (sum_over_processes(total) / pictures.count).item()
+    compared = {
+        "samples": pictures.record,
+        "reference": reference_record,
+        "network": net.about,
+        "vae": vae.info,
+    }
+    folder = os.path.dirname(vae.info["path"])
+    return values, compared, os.path.join(folder, "reconstruction")
+
+
+def report(values, compared, arguments, out):
+    """Print the measures and write them into the JSON file `out`, with all that moves them."""
+    network = compared["network"]
+    for name, value in values.items():
+        label = name
+        if not network["published"] and name not in ("psnr", "ssim", "lpips"):
+            label = f"{name} [weights {network['weights'][:8]}]"
+        say(f"{label:36} {value:12.4f}")
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    result = {
+        **values,
+        **compared,
+        "arguments": arguments,
+        "provenance": provenance(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    try:
+        write_json(out, result)
+    except OSError as error:
+        raise UserError(
+            f"the numbers above cannot be written to {out} ({first_line(error)}); "
+            "name another file with --out"
+        ) from None
+    say(f"written   {out}")
 
 
 def main():
     args = parse_arguments()
     device = setup(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        False  # setup allows it
-    )
-    if (
-        bool(args.vae) != bool(args.data)
-        or bool(args.vae) == bool(args.ref)
-        or args.vae
-        and args.samples
-    ):
+    # setup allows TF32 for training; measures are taken in full float32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+    if args.vae and args.data and not (args.ref or args.samples):
+        values, compared, base = measure_reconstructions(args, device)
+    elif args.ref and not (args.vae or args.data):
+        values, compared, base = measure_samples(args, device)
+    else:
         raise UserError("give samples and --ref (generation), or --vae and --data (reconstruction)")
-    if args.vae:
-        vae = load_vae(args.vae, device)
-        vae.set_resolution(args.size or vae.resolution)
-        lpips = LPIPS(args.lpips_weights).to(device) if args.lpips else None
-        path, args.ref, args.size, args.pr_images = args.data, args.data, vae.resolution, 0
-        base = os.path.join(os.path.dirname(vae.info["path"]), "reconstruction")
-    else:
-        path = args.samples or newest_result(
-            "samples.npz", "set of samples", "python sample.py --num-images 50000"
-        )
-        base = os.path.abspath(path).removesuffix(".npz")
-    pictures = Pictures(path, args.num, args.size, args.batch_size)
-    if args.features:
-        net = TimmFeatures(args.features, args.features_weights)
-    else:
-        net = Inception(args.inception_weights)
-    if pictures.count <= net.dims["pool"]:
-        say(
-            f"warning: {pictures.count} pictures for {net.dims['pool']} features: the distance is biased upwards"
-        )
-    reference, about = read_reference(
-        net.to(device),
-        args.ref,
-        args.size or pictures.size,
-        args.pr_images,
-        args.num if args.vae else None,
-        args.batch_size,
-        args.workers,
-    )
-    batches, sums = (
-        pictures.batches(device, args.workers),
-        torch.zeros(4, dtype=torch.float64, device=device),
-    )
-    if args.vae:
-        batches = reconstructions(vae, lpips, batches, sums)
-    values = compare(net, collect(net, batches, pictures.count, args.pr_images), reference)
-    if args.vae:
-        values = {f"r{k}": v for k, v in values.items() if k not in ("sfid", "inception_score")}
-        values |= dict(
-            zip(
-                ["psnr", "ssim", "lpips"][: 2 + args.lpips],
-                (mean_over_processes(sums) / sums[3]).tolist(),
-            )
-        )
+
     if rank() == 0:
-        mark = (
-            "" if net.about["published"] else f" [weights {net.about['weights'][:8]}]"
-        )  # part of a number's name
-        for k, v in values.items():
-            say(f"{k + mark * (k not in ('psnr', 'ssim', 'lpips')):36} {v:12.4f}")
-        out = args.out or f"{base}.{next(iter(values)).replace('/', '-')}.json"
-        versions = {
-            k: importlib.metadata.version(k)
-            for k in ("torch", "torchvision", "timm", "numpy", "pillow")
-        }
-        record = dict(
-            values,
-            samples=pictures.record,
-            reference=about,
-            network=net.about,
-            vae=args.vae and vae.info,
-            arguments=vars(args),
-            provenance=provenance(),
-            versions=versions,
-        )
-        try:
-            write_json(out, record)
-        except OSError as error:
-            raise UserError(
-                f"the numbers above cannot be kept in {out} ({first_line(error)}); name another file with "
-                "--out"
-            ) from None
-        say(f"written   {out}")
+        first_measure = next(iter(values)).replace("/", "-")
+        out = args.out or f"{base}.{first_measure}.json"
+        report(values, compared, vars(args), out)
 
 
 if __name__ == "__main__":
