@@ -1,8 +1,11 @@
-"""Shared by all tests: the repository on sys.path, a tiny folder of pictures, weights of a tiny vision model, and two
-ways to run a script: in this process (fast) and under torchrun (what several GPUs do)."""
+"""What all tests share: a tiny folder of pictures, random weights of a tiny vision model, the flags
+of tiny networks, and three ways to run a stage: in this process (fast), as commands under torchrun
+(as on several GPUs), and as processes that the test watches and kills."""
 
 import contextlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,73 +16,28 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
 from common.processes import run_main
 
-VAE = [
-    "--resolution",
-    "32",
-    "--spec",
-    "f4d4",
-    "--ch",
-    "32",
-    "--ch-mult",
-    "1",
-    "1",
-    "1",
-    "--num-res-blocks",
-    "1",
-    "--lpips",
-    "0",
-    "--batch-size",
-    "8",
-    "--lr",
-    "1e-3",
-    "--precision",
-    "fp32",
-    "--workers",
-    "0",
-    "--log-every",
-    "1",
-    "--vfm",
-    "test_vit",
-    "--mapper-hidden",
-    "64",
-]
-SIT = [
-    "--depth",
-    "2",
-    "--width",
-    "64",
-    "--heads",
-    "2",
-    "--patch",
-    "2",
-    "--repa-block",
-    "1",
-    "--vfm",
-    "test_vit",
-    "--batch-size",
-    "8",
-    "--lr",
-    "1e-3",
-    "--precision",
-    "fp32",
-    "--workers",
-    "0",
-    "--log-every",
-    "1",
-    "--ema",
-    "0.9",
-    "--preview-steps",
-    "3",
-]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# Flags of tiny networks. Those of TINY serve both training stages.
+TINY = shlex.split(
+    "--batch-size 8 --lr 1e-3 --precision fp32 --workers 0 --log-every 1 --vfm test_vit"
+)
+VAE = TINY + shlex.split(
+    "--resolution 32 --spec f4d4 --ch 32 --ch-mult 1 1 1 --num-res-blocks 1 --lpips 0"
+    " --mapper-hidden 64"
+)
+SIT = TINY + shlex.split(
+    "--depth 2 --width 64 --heads 2 --patch 2 --repa-block 1 --ema 0.9 --preview-steps 3"
+)
+# The quickest VAE: without vision model, mapper and discriminator.
+PLAIN_VAE = [*VAE, "--align", "none", "--gan", "0"]
 
 
 def make_pictures(root):
-    """root/{a,b}/*.png, 12 pictures a class of 40 x 48 pixels: smooth colours, so that a VAE can learn."""
+    """Writes 12 pictures of 40 x 48 pixels for each of two classes, root/{a,b}/*.png. Their colours
+    are smooth, so that a VAE can learn them."""
     rng = np.random.default_rng(0)
     for name in "ab":
         os.makedirs(os.path.join(root, name))
@@ -90,7 +48,7 @@ def make_pictures(root):
 
 
 def make_vfm_weights(path):
-    """Random weights of timm's test_vit in a safetensors file."""
+    """Writes random weights of timm's test_vit to a safetensors file."""
     import timm
     from safetensors.torch import save_file
 
@@ -111,42 +69,57 @@ def vfm_weights(tmp_path_factory):
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """An empty current folder, as the scripts write to runs/ below it."""
+    """Makes an empty folder the current one, since the stages write to runs/ below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+# --------------------------------------------------------------------------------------------------
+# Stages that run in this process, or as commands to their end
+
+
 def script(module, *words):
-    """Runs a script's main() here, as `python <module>.py words` would, errors included."""
-    before, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    """Runs a stage's main() in this process as `python <module>.py words` would, errors
+    included."""
+    argv_before = sys.argv
+    handlers_before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [f"{module.__name__}.py", *map(str, words)]
     try:
         run_main(module.main)
     finally:
-        sys.argv = before
-        for number, handler in handlers.items():
+        sys.argv = argv_before
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
 
 
 def refused(capsys, module, *words):
-    """The one sentence with which a script refuses its arguments; it must exit with code 2 and print no traceback."""
+    """Returns the one sentence with which a stage refuses its arguments. The stage must exit with
+    code 2 and print no traceback."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script(module, *words)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in error
+    assert stop.value.code == 2
+    assert "Traceback" not in error
     lines = [line for line in error.strip().splitlines() if "error:" in line]
     assert len(lines) == 1, error
     return lines[0]
 
 
-def torchrun(processes, name, *words, cwd):
-    """`torchrun --nproc_per_node=<processes> <name>.py words`; one process means plain python."""
-    start = [sys.executable]
+def command(processes, name, *words, restarts=0):
+    """The command line, a list, of `torchrun --nproc_per_node=<processes> <name>.py words`. For one
+    process it is plain python."""
+    launcher = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    return [*launcher, os.path.join(ROOT, f"{name}.py"), *map(str, words)]
+
+
+def torchrun(processes, name, *words, cwd):
+    """Runs a stage to its end, which must be a good one, and returns what it printed."""
     done = subprocess.run(
-        [*start, os.path.join(ROOT, f"{name}.py"), *map(str, words)],
+        command(processes, name, *words),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -157,47 +130,60 @@ def torchrun(processes, name, *words, cwd):
     return done.stdout
 
 
-# ---- processes that are to be watched and killed ---------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Processes that a test watches and kills
 
 
-def wait_for(what, seconds=120):
-    """Waits until what() is true."""
+def wait_for(condition, seconds=120):
+    """Waits until condition() is true."""
     end = time.time() + seconds
-    while not what():
-        assert time.time() < end, "it did not happen"
+    while not condition():
+        assert time.time() < end, f"the condition was still false after {seconds} seconds"
         time.sleep(0.02)
 
 
-def start(processes, name, *words, cwd, timeout=1800):
-    """The script as a process group of its own -> Popen; its output goes to <cwd>/output.txt."""
-    first = [sys.executable] + [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ] * (processes > 1)
-    with open(os.path.join(cwd, "output.txt"), "w") as out:
+def start(processes, name, *words, cwd, timeout=1800, restarts=0):
+    """Starts a stage as a process group of its own and returns its Popen. Its output goes to
+    <cwd>/output.txt."""
+    with open(os.path.join(cwd, "output.txt"), "w") as output:
         return subprocess.Popen(
-            [*first, os.path.join(ROOT, f"{name}.py"), *map(str, words), "--timeout", str(timeout)],
+            command(processes, name, *words, "--timeout", timeout, restarts=restarts),
             cwd=cwd,
-            stdout=out,
-            stderr=out,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
             env=dict(os.environ, OMP_NUM_THREADS="1"),
         )
 
 
+def environment_of(pid):
+    """The environment variables of a process, as a dict."""
+    with open(f"/proc/{pid}/environ") as file:
+        variables = file.read().split("\0")
+    return dict(variable.split("=", 1) for variable in variables if "=" in variable)
+
+
 def processes_in(folder):
-    """{number: environment} of the processes whose current folder is `folder` (torchrun's have process groups of their own)."""
+    """{process id: environment} of all processes whose current folder is `folder`. The process
+    group of `start` does not serve, since torchrun gives each of its processes a group of its
+    own."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
+        # A process may end, or belong to somebody else.
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/{pid}/cwd") == str(folder):
-                with open(f"/proc/{pid}/environ") as file:
-                    found[int(pid)] = dict(
-                        x.split("=", 1) for x in file.read().split("\0") if "=" in x
-                    )
+                found[int(pid)] = environment_of(pid)
     return found
+
+
+def rank_1_in(folder):
+    """The process id of the second of two processes that run in a folder. Its loaders have the same
+    LOCAL_RANK, but were started later."""
+    return min(
+        pid
+        for pid, environment in processes_in(folder).items()
+        if environment.get("LOCAL_RANK") == "1"
+    )
 
 
 def kill_all_in(folder):
@@ -206,12 +192,29 @@ def kill_all_in(folder):
             os.kill(pid, signal.SIGKILL)
 
 
+# --------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
 def same_state(a, b):
-    """Two nested states are equal bit for bit."""
+    """Whether two nested states are equal bit for bit."""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_state, a, b))
     return a == b
+
+
+def half_written_files(folder):
+    return [name for _, _, names in os.walk(folder) for name in names if name.endswith(".tmp")]
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl, without the speed, which no two runs have in common."""
+    with open(path) as file:
+        lines = [json.loads(line) for line in file]
+    for line in lines:
+        line.pop("images_per_s", None)
+    return lines
