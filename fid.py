@@ -199,10 +199,10 @@ def published_weights():
 
 
 def exclude_padding(branch, inputs):
-    """Forward pre-hook of a convolution that follows a 3x3 average pool, x (B,C,h,w).
+    """Correct the average pool before a convolution: a forward pre-hook, inputs[0] (B,C,h,w).
 
-    torchvision's pool counts the padding as zero pixels, TensorFlow's averages over true pixels
-    only. Dividing by the share of true pixels turns the former into the latter.
+    torchvision's 3x3 pool counts the padding as pixels of value 0; TensorFlow's averages over the
+    pixels inside the image only. Dividing by their share of the window turns one into the other.
     """
     x = inputs[0]
     ones = torch.ones_like(x[:1, :1])
@@ -244,8 +244,8 @@ class Inception(tv.Inception3):
             "resize": "TensorFlow 1 bilinear to 299x299",
         }
 
-        # Folding the batch norms into the convolutions and storing images as channels_last makes it
-        # twice as fast on a CPU.
+        # Folding the batch norms into the convolutions and using the channels_last memory format
+        # make it twice as fast on a CPU.
         self.eval().requires_grad_(False)
         for name, module in list(self.named_modules()):
             if isinstance(module, tv.BasicConv2d):
@@ -255,7 +255,7 @@ class Inception(tv.Inception3):
                 module.register_forward_pre_hook(exclude_padding)
         self.to(memory_format=torch.channels_last)
 
-    # TF32 would round the factors of its products to 10 bits.
+    # TF32 would round both factors of each product to 10 bits.
     @torch.no_grad()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def forward(self, images):
@@ -337,9 +337,12 @@ class TimmFeatures(nn.Module):
 
 
 def pivoted_cholesky(sigma):
-    """Factor a covariance, float64 array (D,D) -> L (D, its rank) with L L^T = sigma."""
-    lower, pivots, rank, _ = dpstrf(sigma, lower=1)
-    return np.tril(lower)[np.argsort(pivots), :rank]
+    """Covariance, float64 array (D,D) -> L (D,R) with L L^T = sigma, where R is its rank.
+
+    Pivoting ends the factorisation at the rank, so a singular covariance can be factored too.
+    """
+    lower, pivots, numerical_rank, _ = dpstrf(sigma, lower=1)
+    return np.tril(lower)[np.argsort(pivots), :numerical_rank]
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -658,8 +661,8 @@ def collect(net, batches, count, keep=0):
         if "logits" in outputs:
             terms = score_terms(outputs["logits"].softmax(1))
             splits.index_add_(0, index // SPLIT_SIZE, terms)
-        # index * keep // count counts the pictures kept before a position. Where it steps up, this
-        # picture is kept.
+        # Among the pictures before position i, i * keep // count are kept. Where this number grows
+        # from a picture to the next one, the picture is kept.
         kept_before = index * keep // count
         is_kept = (index + 1) * keep // count > kept_before
         features[kept_before[is_kept]] = outputs["pool"][is_kept]
@@ -732,25 +735,26 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     Raises UserError if neither statistics nor enough pictures are there.
     """
     arrays = None
-    given = {}  # statistics in the file, which are of no use to another network
+    given = {}
     if not os.path.isdir(path):
         arrays = ArraySet(path)
+        # The statistics in a file are Inception's, and of no use to another network.
         if isinstance(net, Inception):
             given = arrays.statistics
             check_inception_statistics(path, given)
 
-    # Statistics alone: no pictures are needed for precision and recall, or the file has none.
+    # The file's statistics are enough: it has no pictures, or no features are to be kept.
     if given and (keep == 0 or len(arrays.names) == 0):
         return given, {"path": path, "hash": arrays.fingerprint, "statistics": "of the file"}
 
-    # Pictures alone.
+    # There are only pictures: their statistics are computed.
     pictures = Pictures(path, num, size, batch_size, arrays)
     computed = cached_statistics(net, pictures, keep, workers)
     if not given:
         return computed, {**pictures.record, "statistics": "computed"}
 
-    # Both, as in ADM's files. Their arr_0 is a part of the pictures that the statistics are of, so
-    # only the features for precision and recall are taken from it.
+    # There are both, as in ADM's files. Their statistics describe the whole reference and their
+    # arr_0 is only a part of it, so its pictures serve for precision and recall alone.
     reference = {**given, "features": computed["features"]}
     return reference, {**pictures.record, "statistics": "of the file"}
 
