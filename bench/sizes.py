@@ -1,15 +1,19 @@
-"""What can be computed of a step's needs without doing it: communication of its gradients, and memory of its activations.
+"""Computes what a training step needs, without doing it: the communication of its gradients and the
+memory of its activations.
 
     python -m bench.sizes
 
-Communication: a ring all-reduce of fp32 gradients among n sends 2 (n-1)/n of their size from each. Memory: the peak of all
-tensors that a forward and backward pass makes, on fake tensors: every operation runs, with shapes and no numbers. Weights,
-gradients, AdamW's moments and EMA are not in it; bf16 copies of weights are.
+Communication: a ring all-reduce of fp32 gradients among n processes sends 2 (n-1)/n of their size
+from each. Memory: the peak of all tensors that a forward and backward pass makes, on fake tensors:
+every operation runs, on shapes without numbers. Copies of the weights in bf16 are included; the
+weights themselves, their gradients, AdamW's moments and the EMA are not.
 """
 
 import weakref
+from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,38 +22,52 @@ from common.processes import autocast
 import models
 
 
+# --------------------------------------------------------------------------------------------------
+# Measuring on fake tensors
+
+
 class LiveMemory(TorchDispatchMode):
-    """Bytes of tensors made while it is on that are still alive, and their peak. On fake tensors nothing is computed."""
+    """While it is active, counts the tensors that are made.
+
+    bytes: the size of those that are still alive. peak: the largest that `bytes` ever was. On fake
+    tensors nothing is computed.
+    """
 
     def __init__(self):
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        given = {
-            id(t.untyped_storage())
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
-                storage = tensor.untyped_storage()
+        kwargs = kwargs or {}
+        results = function(*args, **kwargs)
+        # A result that shares the storage of an input (a view) takes no memory of its own.
+        inputs = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        for tensor in tensors_in(results):
+            storage = tensor.untyped_storage()
+            if id(storage) not in inputs:
                 self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.bytes)
-        return made
+        return results
 
-    def freed(self, count):
-        self.bytes -= count
+    def _freed(self, size):
+        self.bytes -= size
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def activation_memory(make, loss, precision):
-    """Bytes alive at the peak of a forward and backward pass beyond weights and gradients."""
+    """Bytes alive at the peak of a forward and backward pass, beyond weights and gradients.
+
+    make() -> (network, its inputs); loss(the network's output) -> scalar.
+    """
     with FakeTensorMode():
         net, inputs = make()
-        for p in net.parameters():
-            p.grad = torch.zeros_like(p)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         with LiveMemory() as memory:
             with autocast(torch.device("cpu"), precision):
                 value = loss(net(*inputs))
@@ -57,61 +75,98 @@ def activation_memory(make, loss, precision):
     return memory.peak
 
 
-def main():
-    def sit(checkpoint, batch, precision):
-        def make():
-            net = models.SiT("XL", 1, 32, 16, vfm_dim=768)
-            net.grad_checkpoint = checkpoint
-            return net, (
-                torch.randn(batch, 32, 16, 16),
-                torch.rand(batch),
-                torch.zeros(batch, dtype=torch.long),
-                True,
-            )
+# --------------------------------------------------------------------------------------------------
+# The networks of the paper's runs
 
-        return activation_memory(
-            make, lambda out: out[0].square().mean() + out[1].float().square().mean(), precision
-        )
 
-    def vae(checkpoint, batch, precision):
-        def make():
-            net = models.VAE("f16d32", 256)
-            net.grad_checkpoint = checkpoint
-            return net, (torch.randn(batch, 3, 256, 256),)
+def sit_memory(grad_checkpoint, batch, precision):
+    """Bytes of SiT-XL/1 with REPA's projector on latents (batch,32,16,16)."""
 
-        return activation_memory(make, lambda y: y.square().mean(), precision)
+    def make():
+        net = models.SiT("XL", 1, 32, 16, vfm_dim=768)
+        net.grad_checkpoint = grad_checkpoint
+        x = torch.randn(batch, 32, 16, 16)
+        t = torch.rand(batch)
+        y = torch.zeros(batch, dtype=torch.long)
+        return net, (x, t, y, True)
 
+    def loss(output):
+        velocity, tokens = output
+        return velocity.square().mean() + tokens.float().square().mean()
+
+    return activation_memory(make, loss, precision)
+
+
+class Autoencoder(nn.Module):
+    """A VAE from pictures to reconstructions, both (B,3,H,W), by way of the posterior's mean."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x):
+        mean, _ = self.vae.encode(x)
+        return self.vae.decode(mean)
+
+
+def vae_memory(grad_checkpoint, batch, precision):
+    """Bytes of the f16d32 VAE on pictures (batch,3,256,256)."""
+
+    def make():
+        vae = models.VAE("f16d32", 256)
+        vae.grad_checkpoint = grad_checkpoint
+        return Autoencoder(vae), (torch.randn(batch, 3, 256, 256),)
+
+    def loss(reconstructions):
+        return reconstructions.square().mean()
+
+    return activation_memory(make, loss, precision)
+
+
+def parameter_counts():
+    """{name: number of trained parameters}, without taking memory for them."""
     with torch.device("meta"):
-        counts = {
-            "SiT-XL/1 with projector": models.SiT("XL", 1, 32, 16, vfm_dim=768),
-            "VAE f16d32 and mapper": torch.nn.ModuleList(
-                [models.VAE(), models.Mapper(32, 16, 1, 768, 12)]
-            ),
-        }
-    counts = {k: sum(p.numel() for p in net.parameters()) for k, net in counts.items()}
-    print(
-        "| module | parameters, M | gradients fp32, GB | sent by each of 8 GPUs a step, GB | of 64 |"
-    )
+        sit = models.SiT("XL", 1, 32, 16, vfm_dim=768)
+        send_vae = nn.ModuleList([models.VAE(), models.Mapper(32, 16, 1, 768, 12)])
+    networks = {"SiT-XL/1 with projector": sit, "VAE f16d32 and mapper": send_vae}
+    return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The two tables
+
+
+def print_communication():
+    columns = "module | parameters, M | gradients fp32, GB | sent by each of 8 GPUs a step, GB"
+    print(f"| {columns} | of 64 |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, count in counts.items():
-        sent = (f"{2 * (n - 1) / n * 4 * count / 1e9:.2f}" for n in (8, 64))
-        print(
-            "| " + " | ".join([name, f"{count / 1e6:.1f}", f"{4 * count / 1e9:.2f}", *sent]) + " |"
-        )
-    models.VAE.forward = lambda self, x: self.decode(
-        self.encode(x)[0]
-    )  # in this process only, as the next
-    models.attention = torch.nn.functional.scaled_dot_product_attention  # as on a GPU, also in bf16
-    print(
-        "\n| activations | precision | GB | with --grad-checkpoint, GB |\n| --- | --- | ---: | ---: |"
-    )
-    for name, function, batch in (
-        ("SiT-XL/1, batch 32", sit, 32),
-        ("VAE f16d32, 256 px, batch 16", vae, 16),
+    for name, count in parameter_counts().items():
+        size = 4 * count / 1e9
+        sent_by_8 = 2 * 7 / 8 * size
+        sent_by_64 = 2 * 63 / 64 * size
+        print(f"| {name} | {count / 1e6:.1f} | {size:.2f} | {sent_by_8:.2f} | {sent_by_64:.2f} |")
+
+
+def print_activations():
+    print("| activations | precision | GB | with --grad-checkpoint, GB |")
+    print("| --- | --- | ---: | ---: |")
+    for name, memory, batch in (
+        ("SiT-XL/1, batch 32", sit_memory, 32),
+        ("VAE f16d32, 256 px, batch 16", vae_memory, 16),
     ):
         for precision in ("fp32", "bf16"):
-            plain, recomputed = (function(on, batch, precision) / 1e9 for on in (False, True))
+            plain = memory(False, batch, precision) / 1e9
+            recomputed = memory(True, batch, precision) / 1e9
             print(f"| {name} | {precision} | {plain:.2f} | {recomputed:.2f} |")
+
+
+def main():
+    print_communication()
+    print()
+    # The attention that a GPU uses, also where these fake tensors are bf16 on a CPU.
+    fused = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch.object(models, "attention", fused):
+        print_activations()
 
 
 if __name__ == "__main__":
