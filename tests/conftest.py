@@ -20,6 +20,10 @@ from common.processes import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+# Tests must not need the network. huggingface_hub reads this variable when it is imported, and then
+# refuses a download at once instead of after several attempts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Flags of tiny networks. Those of TINY serve both training stages.
 TINY = shlex.split(
     "--batch-size 8 --lr 1e-3 --precision fp32 --workers 0 --log-every 1 --vfm test_vit"

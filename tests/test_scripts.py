@@ -446,8 +446,7 @@ def test_small_pictures_are_allowed_and_reported(inside, pictures, capsys):
     assert capsys.readouterr().out.count("smaller than 64") == 1
 
 
-def test_vision_models(inside, pictures, capsys, vfm_weights, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_vision_models(inside, pictures, capsys, vfm_weights):
     words = [*VAE, "--data", pictures]
 
     def message(*flags):
