@@ -1,36 +1,45 @@
-"""Stage 1, Send-VAE: tune a VAE so that a small mapper h can predict a frozen vision model f from its *noised* latents.
+"""Stage 1, Send-VAE: tune a VAE so that a small mapper h can predict the tokens of a frozen vision
+model f from the VAE's *noised* latents.
 
-    L = lambda * mean_n(1 - cos(h(z_t)[n], f(x)[n])) + recon + lpips + kl + gan       (paper, eq. 3)
-    z ~ posterior of x, z_t = (1-t) BN(z) + t eps inside the mapper, t ~ U(0,1): 0 is data, 1 is noise.
+    L = lambda mean_n(1 - cos(h(z_t)[n], f(x)[n])) + recon + lpips + kl + gan        (paper, eq. 3)
+    z ~ posterior of x;  z_t = (1-t) BN(z) + t eps, inside the mapper;  t ~ U(0,1)
 
-    python train_vae.py --data data/cifar10/train --resolution 32 ...      # small pictures on a CPU: see README.md
-    python train_vae.py --init vavae.safetensors                           # the paper's run, on one GPU
-    torchrun --nproc_per_node=8 train_vae.py --init vavae.safetensors      # the same run and the same curve, on eight
+Images are in [-1,1], latents z in the VAE's raw units, and time t is 0 at data and 1 at noise.
 
-Writes --out (runs/vae): vae.safetensors (EMA weights and latent statistics), checkpoints/, metrics.jsonl, samples/.
-The same command goes on where a run was stopped.
+    python train_vae.py --data data/cifar10/train --resolution 32 ...    # small pictures on a CPU
+    python train_vae.py --init vavae.safetensors                         # the paper's run on a GPU
+    torchrun --nproc_per_node=8 train_vae.py --init vavae.safetensors    # the same curve on eight
+
+docs/images.md has the first command in full. Writes to --out (runs/vae): vae.safetensors (EMA
+weights and latent statistics), checkpoints/, metrics.jsonl, samples/. Rerun a command to resume it.
 """
 
 import argparse
 import copy
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from common.draws import normal, uniform
 from common.files import UserError
-from common.flags import add_training_flags, parse_flags, positive, share_batch, whole_number
+from common.flags import (
+    add_training_flags,
+    parse_flags,
+    positive,
+    share_batch,
+    wants_compile,
+    whole_number,
+)
 from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches, to_uint8
-from common.published import load_discriminator
 from common.processes import (
     Watch,
     autocast,
     conv_memory_format,
-    mean_over_processes,
     parallel,
     rank,
     resolve_precision,
@@ -41,12 +50,23 @@ from common.processes import (
     sync_gradients,
     world,
 )
-from common.runs import RunLog, Saver, resume
-from common.training import Guard, ema_update, learning_rate
+from common.published import load_discriminator
+from common.runs import RunLog, Saver, newest_checkpoint, resume, training_state
+from common.training import (
+    Guard,
+    add_mean,
+    build_optimizer,
+    count_steps,
+    ema_update,
+    learning_rate,
+    passes,
+    set_learning_rate,
+    weighted_sum,
+)
 from common.weights import load_vae
-from models import LPIPS, Mapper, PatchDiscriminator, VAE, VFM
+from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator
 
-# Flags that may change between a run and its resumption, beside FREE_FLAGS; all others must agree.
+# The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
 FREE = {
     "val",
     "val_images",
@@ -60,115 +80,125 @@ FREE = {
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    g = p.add_argument_group("data")
-    g.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--val", help="folder of held-out pictures: PSNR and alignment loss at every save"
     )
-    g.add_argument(
+    group.add_argument(
         "--val-images",
         type=positive,
         default=2000,
         help="how many of them, the first of a fixed shuffle",
     )
-    g.add_argument(
+    group.add_argument(
         "--resolution", type=positive, default=256, help="side of the square picture, pixels"
     )
-    g = p.add_argument_group("VAE")
-    g.add_argument("--spec", default="f16d32", help="f<factor>d<channels>")
-    g.add_argument("--ch", type=int, default=128, help="base width")
-    g.add_argument(
+
+    group = parser.add_argument_group("VAE")
+    group.add_argument("--spec", default="f16d32", help="f<factor>d<channels>")
+    group.add_argument("--ch", type=int, default=128, help="base width")
+    group.add_argument(
         "--ch-mult",
         type=int,
         nargs="+",
         help="width multipliers, one a level (default: the spec's)",
     )
-    g.add_argument(
+    group.add_argument(
         "--num-res-blocks", type=int, default=2, help="a level (the decoder has one more)"
     )
-    g.add_argument(
+    group.add_argument(
         "--init",
-        help="VAE to start from: ours, LDM's, diffusers' or hf:<owner>/<repository>; it decides the "
-        "architecture",
+        help="VAE to start from: ours, LDM's, diffusers' or hf:<owner>/<repository>; it decides "
+        "the architecture",
     )
-    g.add_argument("--init-disc", help="checkpoint whose discriminator to start from")
-    g.add_argument(
+    group.add_argument("--init-disc", help="checkpoint whose discriminator to start from")
+    group.add_argument(
         "--freeze",
         action="store_true",
         help="train the mapper only: what a VAE's latents give as they are",
     )
-    g = p.add_argument_group("alignment")
-    g.add_argument(
+
+    group = parser.add_argument_group("alignment")
+    group.add_argument(
         "--align",
         choices=["mapper", "vavae", "none"],
         default="mapper",
-        help="mapper: the paper's; vavae: VA-VAE's "
-        "linear projection of clean latents, loss with margins; none: no vision model",
+        help="mapper: the paper's; vavae: VA-VAE's linear projection of clean latents, loss with "
+        "margins; none: no vision model",
     )
-    g.add_argument("--align-weight", type=float, default=1.0, help="lambda")
-    g.add_argument(
-        "--mapper-depth", type=int, default=1, help="ViT blocks; 0 is the paper's MLP-only ablation"
+    group.add_argument("--align-weight", type=float, default=1.0, help="lambda")
+    group.add_argument(
+        "--mapper-depth",
+        type=int,
+        default=1,
+        help="ViT blocks; 0 is the paper's MLP-only ablation",
     )
-    g.add_argument(
+    group.add_argument(
         "--mapper-width", type=int, help="width of its tokens (default: the vision model's)"
     )
-    g.add_argument("--mapper-hidden", type=int, default=2048, help="width of its MLP")
-    g.add_argument("--mapper-heads", type=int, help="default: one for every 64 of its width")
-    g.add_argument("--mapper-patch", type=int, help="default: 16 / factor, at least 1")
-    g.add_argument(
+    group.add_argument("--mapper-hidden", type=int, default=2048, help="width of its MLP")
+    group.add_argument("--mapper-heads", type=int, help="default: one for every 64 of its width")
+    group.add_argument("--mapper-patch", type=int, help="default: 16 / factor, at least 1")
+    group.add_argument(
         "--no-noise",
         dest="noise",
         action="store_false",
         help="mapper sees clean latents (ablation)",
     )
-    g.add_argument(
+    group.add_argument(
         "--noise-kind",
         choices=["flow", "constant"],
         default="flow",
         help="t uniform in (0,1), or 0.5 always (ablation)",
     )
-    g.add_argument(
+    group.add_argument(
         "--shuffle-targets",
         action="store_true",
-        help="control: align to the vision features of another picture, "
-        "the same one in every epoch",
+        help="control: align to the vision features of another picture, the same one in every "
+        "epoch",
     )
-    g = p.add_argument_group("loss weights (0 switches a term off and does not build its network)")
-    g.add_argument(
+
+    group = parser.add_argument_group(
+        "loss weights (0 switches a term off and does not build its network)"
+    )
+    group.add_argument(
         "--recon",
         choices=["mse", "l1"],
         default="mse",
         help="mean over pixels; paper: mse, REPA-E's code: l1",
     )
-    g.add_argument("--lpips", type=float, default=1.0)
-    g.add_argument(
+    group.add_argument("--recon-weight", type=float, default=1.0)
+    group.add_argument("--lpips", type=float, default=1.0)
+    group.add_argument(
         "--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers"
     )
-    g.add_argument("--kl", type=float, default=1e-6, help="of the sum over a latent")
-    g.add_argument("--gan", type=float, default=0.1)
-    g.add_argument(
+    group.add_argument("--kl", type=float, default=1e-6, help="of the sum over a latent")
+    group.add_argument("--gan", type=float, default=0.1)
+    group.add_argument(
         "--gan-start", type=int, default=0, help="step at which the adversarial term begins"
     )
-    g = p.add_argument_group("measurements")
-    g.add_argument(
+
+    group = parser.add_argument_group("measurements")
+    group.add_argument(
         "--stats-images",
         type=whole_number,
         help="for the final latent statistics (default: all; 4000 at checkpoints)",
     )
-    g.add_argument(
+    group.add_argument(
         "--probe-every",
         type=whole_number,
         default=0,
         help="steps between linear probes of --probe-data; 0: never",
     )
-    g.add_argument(
+    group.add_argument(
         "--probe-data",
         help="folder of a benchmark (see probe.py): F1 of a small probe on its attributes",
     )
     add_training_flags(
-        p,
+        parser,
         "runs/vae",
         batch_size=1024,
         epochs=80,
@@ -180,171 +210,362 @@ def parse_arguments(argv=None):
         fid="rFID of EMA reconstructions of --val",
         fid_ref="--val",
     )
-    return parse_flags(p, argv)
+    return parse_flags(parser, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
+def check_arguments(args):
+    """Refuses flags that contradict each other, and settles those that others decide."""
+    if args.freeze and args.align == "none":
+        raise UserError("--freeze trains the mapper only, but --align none builds none")
+    if args.fid_every and not args.val:
+        raise UserError(
+            "--fid-every measures reconstructions of held-out pictures: name their folder with "
+            "--val"
+        )
+    if args.probe_every and not args.probe_data:
+        raise UserError("--probe-every needs --probe-data, a benchmark's folder")
+    if args.freeze:
+        args.lpips = args.kl = args.gan = 0
+    args.noise = args.noise and args.align == "mapper"
+
+
+# --------------------------------------------------------------------------------------------------
+# The science of a step
+
+
+class Networks(NamedTuple):
+    """What a step computes with. vfm, lpips and discriminator are None where their loss is off."""
+
+    net: nn.Module  # SendVAE: what is trained besides the discriminator
+    vfm: nn.Module  # frozen vision model f: images (B,3,H,W) -> patch tokens (B,N,D)
+    lpips: nn.Module  # frozen perceptual distance: two images (B,3,H,W) -> (B,)
+    discriminator: nn.Module  # images (B,3,H,W) -> logits (B,1,h',w')
+    latent_shape: tuple  # (C,h,w)
+
+
+def vae_losses(networks, batch, step, args):
+    """The loss terms of a forward pass, unweighted, {term: scalar}. common.training.weighted_sum
+    makes eq. 3 of them: the weight of a term is the flag --<term>-weight or --<term>.
+
+    batch: image uint8 (b,3,H,W) and position int64 (b,), the pictures' places in the run, of which
+    every random draw is a function; with --shuffle-targets also other, uint8 (b,3,H,W).
+    """
+    x = from_uint8(batch["image"])  # (b,3,H,W)
+    noise = draw_noise(networks.latent_shape, batch["position"], args.seed, args)
+    y, mean, logvar, tokens = networks.net(x, *noise)
+
+    losses = {}
+    if args.align != "none":
+        with torch.no_grad():
+            seen = from_uint8(batch["other"]) if args.shuffle_targets else x
+            target = networks.vfm(seen)  # (b,N,D)
+        align = vavae_loss if args.align == "vavae" else align_loss
+        losses["align"] = align(tokens, target)  # eq. 2
+    if not args.freeze:
+        losses["recon"] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
+    if args.lpips:
+        losses["lpips"] = networks.lpips(y, x).mean()
+    if args.kl:
+        losses["kl"] = kl_loss(mean, logvar)
+    if args.gan and step >= args.gan_start:
+        # The VAE learns from a discriminator whose weights are fixed ...
+        networks.discriminator.requires_grad_(False)
+        losses["gan"] = -networks.discriminator(y).mean()
+        # ... and the discriminator from reconstructions that are fixed.
+        networks.discriminator.requires_grad_(True)
+        real = networks.discriminator(x)
+        fake = networks.discriminator(y.detach())
+        losses["disc"] = hinge_loss(real, fake)
+    return losses
 
 
 def align_loss(predicted, target):
-    """mean over pictures and tokens of 1 - cosine; both (B,N,D). Paper, eq. 2; 0 is perfect, 1 is orthogonal."""
+    """1 - cosine, mean over pictures and tokens; both (B,N,D). Paper, eq. 2: 0 is perfect, 1 is
+    orthogonal."""
     return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
 
 
 def vavae_loss(predicted, target, cos_margin=0.5, matrix_margin=0.25):
-    """VA-VAE's (Yao, Yang, Wang 2025, eqs. 3 to 5) of projected latents and vision tokens, both (B,N,D): cosines of tokens,
-    and of each picture's pairs of tokens, each with its margin. Theirs scales the sum by gradient norms; --align-weight is
-    fixed."""
-    predicted, target = F.normalize(predicted.float(), dim=-1), F.normalize(target.float(), dim=-1)
+    """VA-VAE's loss (Yao, Yang, Wang 2025, eqs. 3 to 5) of projected latents and vision tokens,
+    both (B,N,D): the cosines of tokens, and those of each picture's pairs of tokens, each with its
+    margin. VA-VAE scales the sum by gradient norms; here --align-weight is fixed.
+    """
+    predicted = F.normalize(predicted.float(), dim=-1)
+    target = F.normalize(target.float(), dim=-1)
     cosine = F.relu(1 - cos_margin - (predicted * target).sum(-1)).mean()
-    return (
-        cosine
-        + F.relu((predicted @ predicted.mT - target @ target.mT).abs() - matrix_margin).mean()
-    )
+    difference = (predicted @ predicted.mT - target @ target.mT).abs()  # (B,N,N)
+    return cosine + F.relu(difference - matrix_margin).mean()
+
+
+def kl_loss(mean, logvar):
+    """KL(posterior || N(0,1)) of mean and logvar (B,C,h,w): summed over a latent, mean over the
+    batch."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss, of its logits (B,1,h',w') on real and reconstructed pictures."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def draw_noise(shape, position, seed, args):
+    """The random draws of a pass, for latents of shape (C,h,w) and pictures at positions (B,):
+    noise of the posterior (B,C,h,w), the mapper's times t (B,), and the mapper's noise (B,C,h,w).
+    """
+    noise = normal(seed, "posterior", position, shape)
+    t = uniform(seed, "mapper time", position)
+    if not args.noise:
+        t = torch.zeros_like(t)
+    elif args.noise_kind == "constant":
+        t = torch.full_like(t, 0.5)
+    return noise, t, normal(seed, "mapper noise", position, shape)
+
+
+class SendVAE(nn.Module):
+    """VAE and mapper as one module, so that one DistributedDataParallel wraps both."""
+
+    def __init__(self, vae, mapper, decode=True):
+        super().__init__()
+        self.vae = vae
+        self.mapper = mapper
+        self.decode = decode
+
+    def forward(self, x, noise, t, mapper_noise):
+        """Images (B,3,H,W), posterior noise (B,C,h,w), the mapper's times (B,) and noise (B,C,h,w)
+        -> reconstructions (B,3,H,W), or None without `decode`; mean and logvar of the posterior
+        (B,C,h,w); predicted tokens (B,N,D), or None without a mapper."""
+        mean, logvar = self.vae.encode(x)
+        z = self.vae.sample(mean, logvar, noise)  # (B,C,h,w)
+        tokens = None
+        if self.mapper is not None:
+            tokens = self.mapper(z, t, mapper_noise)
+        y = self.vae.decode(z) if self.decode else None
+        return y, mean, logvar, tokens
 
 
 class Projection(nn.Conv2d):
-    """VA-VAE's in place of the mapper: latents (B,C,h,w) -> (B,N,D), linear, without noise."""
+    """VA-VAE's linear projection, in place of the mapper: latents (B,C,h,w) -> (B,N,D)."""
 
     def forward(self, z, t, noise):
         return super().forward(z).flatten(2).mT
 
 
-def mapper_times(seed, position, kind):
-    """t (B,) of the noise that the mapper sees; without a kind 0: none."""
-    t = uniform(seed, "mapper time", position)
-    return t if kind == "flow" else torch.full_like(t, 0.5 if kind else 0.0)
+def train_step(networks, batch, step, args, precision, guard):
+    """One step on this process's share of the batch: --accum passes, then the optimiser. Returns
+    the mean of each loss term over the passes and the norm of the gradient, {term: scalar}.
+    """
+    device = batch["position"].device
+    means = {}
+    for i, part in enumerate(passes(batch, args.accum)):
+        last = i == args.accum - 1
+        trained = (networks.net, networks.discriminator)
+        with autocast(device, precision), sync_gradients(trained, last):
+            losses = vae_losses(networks, part, step, args)
+            loss = weighted_sum(losses, args) / args.accum
+            loss.backward()
+        add_mean(means, losses, args.accum)
+    grad_norm = guard.step(means, step)
+    return dict(means, grad_norm=grad_norm)
 
 
-def kl_loss(mean, logvar):
-    """KL(posterior || N(0,1)), summed over a latent (C,h,w), mean over the batch."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-
-
-def hinge_loss(real, fake):
-    """The discriminator's loss from its logits (B,1,h,w) on real and reconstructed pictures."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-class SendVAE(nn.Module):
-    """VAE and mapper as one module, so that one DDP wraps all that is trained beside the discriminator."""
-
-    def __init__(self, vae, mapper, decode=True):
-        super().__init__()
-        self.vae, self.mapper, self.decode = vae, mapper, decode
-
-    def forward(self, x, noise, t, mapper_noise):
-        """Images (B,3,H,W), posterior noise (B,C,h,w), the mapper's times (B,) and noise (B,C,h,w) -> reconstructions
-        (B,3,H,W), mean, logvar (B,C,h,w), predicted tokens (B,N,D) or None without a mapper."""
-        mean, logvar = self.vae.encode(x)
-        z = self.vae.sample(mean, logvar, noise)
-        tokens = self.mapper(z, t, mapper_noise) if self.mapper is not None else None
-        return self.vae.decode(z) if self.decode else None, mean, logvar, tokens
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measurements and pictures
 
 
 def first_pictures(data, count, size, args, device):
-    """The first `count` pictures of a fixed shuffle, unflipped, this process's share: yields images (b,3,size,size) and their
-    positions (b,)."""
+    """Yields this process's share of the first `count` pictures of a fixed shuffle, unflipped:
+    images (b,3,size,size) and their positions (b,)."""
     order = TrainingBatches(data, world() * 32, seed=0, size=size, flip=False)
-    for batch in load_batches(order, range(-(-count // order.batch_size)), args.workers, device):
-        here = batch["position"] < count
-        if here.any():
-            yield from_uint8(batch["image"][here]), batch["position"][here]
+    items = range(math.ceil(count / order.batch_size))
+    for batch in load_batches(order, items, args.workers, device):
+        wanted = batch["position"] < count
+        if wanted.any():
+            yield from_uint8(batch["image"][wanted]), batch["position"][wanted]
 
 
 @torch.no_grad()
 def latent_statistics(vae, data, size, count, args, device, precision):
-    """Mean and std (C,) of posterior samples over the first `count` pictures, in float64; the posterior's variance enters in
-    closed form. Several processes share the work."""
+    """Mean and std (C,) of posterior samples over the first `count` pictures, in float64. The
+    posterior's own variance enters in closed form. Several processes share the work."""
     sums = torch.zeros(3, vae.channels, dtype=torch.float64, device=device)
     for x, _ in first_pictures(data, count, size, args, device):
         with autocast(device, precision):
-            mean, logvar = vae.encode(x)
-        mean, var = mean.double(), logvar.double().exp()
-        sums += torch.stack(
-            [
-                mean.sum((0, 2, 3)),
-                (mean.square() + var).sum((0, 2, 3)),
-                torch.full_like(sums[0], mean[:, 0].numel()),
-            ]
-        )
-    sums = sum_over_processes(sums)
-    mean = sums[0] / sums[2]
-    return mean.float(), (sums[1] / sums[2] - mean.square()).clamp(min=1e-12).sqrt().float()
+            mean, logvar = vae.encode(x)  # (b,C,h,w)
+        mean = mean.double()
+        variance = logvar.double().exp()
+        sums[0] += mean.sum((0, 2, 3))
+        sums[1] += (mean.square() + variance).sum((0, 2, 3))
+        sums[2] += mean[:, 0].numel()
+    total, total_of_squares, number = sum_over_processes(sums)
+    mean = total / number
+    variance = (total_of_squares / number - mean.square()).clamp(min=1e-12)
+    return mean.float(), variance.sqrt().float()
 
 
 @torch.no_grad()
-def validate(net, vfm, data, args, device, precision):
-    """PSNR (dB, of 8-bit pictures, mean over pictures) of reconstructions from the posterior mean, and the alignment
-    loss (with the training's noise), over the first --val-images held-out pictures."""
+def validate(networks, data, args, device, precision):
+    """Over the first --val-images held-out pictures: PSNR of reconstructions from the posterior
+    mean (dB, of 8-bit pictures, mean over pictures), and the cosine alignment loss with the noise
+    of training, for either kind of alignment. Returns {name: float}.
+    """
+    vae = networks.net.vae
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for x, position in first_pictures(
-        data, min(args.val_images, len(data)), net.vae.resolution, args, device
-    ):
+    count = min(args.val_images, len(data))
+    for x, position in first_pictures(data, count, vae.resolution, args, device):
         with autocast(device, precision):
-            mean, logvar = net.vae.encode(x)
-            y = to_uint8(net.vae.decode(mean)).float()
-            if vfm is not None:
-                z = net.vae.sample(mean, logvar, normal(1, "posterior", position, mean.shape[1:]))
-                t = mapper_times(1, position, args.noise and args.noise_kind)
-                tokens = net.mapper(z, t, normal(1, "mapper noise", position, z.shape[1:]))
-                sums[1] += align_loss(tokens, vfm(x)) * len(x)  # of either kind of alignment
+            mean, logvar = vae.encode(x)
+            y = to_uint8(vae.decode(mean)).float()
+            if networks.vfm is not None:
+                noise, t, mapper_noise = draw_noise(networks.latent_shape, position, 1, args)
+                z = vae.sample(mean, logvar, noise)
+                tokens = networks.net.mapper(z, t, mapper_noise)
+                sums[1] += align_loss(tokens, networks.vfm(x)) * len(x)
         error = (y - to_uint8(x).float()).square().mean((1, 2, 3)).clamp(min=1e-10)
         sums[0] += (10 * torch.log10(255**2 / error)).sum()
         sums[2] += len(x)
     psnr, align, count = sum_over_processes(sums).tolist()
-    return (
-        dict(val_psnr=psnr / count)
-        if vfm is None
-        else dict(val_psnr=psnr / count, val_align=align / count)
-    )
+    values = dict(val_psnr=psnr / count)
+    if networks.vfm is not None:
+        values["val_align"] = align / count
+    return values
 
 
 def principal_components(z):
-    """Latents (B,C,h,w) -> uint8 (B,3,h,w): their first three principal components over the batch, as RGB."""
+    """Latents (B,C,h,w) -> uint8 (B,3,h,w): their first three principal components over the batch,
+    shown as red, green and blue."""
     B, C, h, w = z.shape
     flat = z.float().nan_to_num().permute(0, 2, 3, 1).reshape(-1, C)
     flat = flat - flat.mean(0)
     axes = torch.linalg.svd(flat.cpu().double(), full_matrices=False)[2][:3].to(flat)  # (3,C)
-    axes = (
-        axes * axes.sum(1, keepdim=True).sign()
-    )  # an axis has no sign of its own: fix it, or colours flicker
-    values = F.pad(flat @ axes.T, (0, 3 - len(axes)))
+    # An axis has no sign of its own. Without this one the colours would flip between pictures.
+    axes = axes * axes.sum(1, keepdim=True).sign()
+    values = F.pad(flat @ axes.T, (0, 3 - len(axes)))  # (B h w, 3)
     values = values / (2 * values.std(0).clamp(min=1e-6))
     return to_uint8(values).view(B, h, w, 3).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def draw_pictures(vae, data, device, precision):
-    """-> rows of pictures, their reconstructions, and the principal components of their latents, uint8 (b,3,H,W)."""
-    batch = TrainingBatches(data, world() * 8, seed=0, size=vae.resolution, flip=False)[0]
+def show_pictures(log, step, vae, data, val_data, device, precision):
+    """Writes samples/<step>.png: a row of eight held-out pictures (of the training pictures where
+    there are none), their reconstructions, and the principal components of their latents."""
+    if rank() != 0:
+        return
+    shown = data if val_data is None else val_data
+    batch = TrainingBatches(shown, world() * 8, seed=0, size=vae.resolution, flip=False)[0]
     x = from_uint8(batch["image"].to(device))
     with autocast(device, precision):
         z = vae.encode(x)[0]
         y = vae.decode(z)
-    colours = F.interpolate(principal_components(z).float(), x.shape[2:], mode="nearest").to(
-        torch.uint8
-    )
-    return to_uint8(x), to_uint8(y), colours
+    colours = F.interpolate(principal_components(z).float(), x.shape[2:], mode="nearest")
+    log.pictures(step, [to_uint8(x), to_uint8(y), colours.to(torch.uint8)])
 
 
 def other_pictures(data, partner, size, index, flip):
-    """For --shuffle-targets: uint8 (b,3,size,size) of the pictures that stand in for `index`, permuted by `partner` (N,)."""
+    """For --shuffle-targets: the pictures, uint8 (b,3,size,size), that stand in for those at
+    `index`. partner (N,) is a fixed permutation of all pictures.
+    """
     return dict(other=data.stack(partner[index], size))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def build_measurements(args, val_data, device, precision):
+    """The measurements of --probe-every and --fid-every: [(every so many steps, function)], each
+    function from a VAE to {name: float}, which is empty on all processes but the first."""
+    measurements = []
+    if args.probe_every:
+        measurements.append((args.probe_every, attribute_probe(args, precision)))
+    if args.fid_every:
+        rfid = reconstruction_fid(args, len(val_data), device, precision)
+        measurements.append((args.fid_every, rfid))
+    return measurements
+
+
+def attribute_probe(args, precision):
+    """F1 of a linear probe on the latents of --probe-data."""
+    if rank() != 0:
+        return lambda vae: {}
+    # Imported here because most runs do without it.
+    from probe import training_probe
+
+    return training_probe(args.probe_data, args.resolution, precision)
+
+
+def reconstruction_fid(args, available, device, precision):
+    """rFID of reconstructions of the `available` held-out pictures, or --fid-num of them."""
+    # Imported here because most runs do without Inception.
+    from fid import Pictures, training_measure
+
+    measure = training_measure(
+        args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers
+    )
+    held_out = Pictures(args.val, min(args.fid_num, available), args.resolution)
+
+    def reconstructions(vae):
+        """This process's share: indices (b,) and reconstructions uint8 (b,3,H,W)."""
+        for index, pictures in held_out.batches(device, args.workers):
+            with torch.no_grad(), autocast(device, precision):
+                latents = vae.encode(from_uint8(pictures))[0]
+                yield index, to_uint8(vae.decode(latents))
+
+    def rfid(vae):
+        values = measure(reconstructions(vae), held_out.count)
+        return {f"r{name}": value for name, value in values.items() if name == "fid"}
+
+    return rfid
+
+
+@torch.no_grad()
+def measured_weights(networks, data, val_data, step, total, args, device, precision, log):
+    """Measures the statistics of the latents, and validates where there are held-out pictures.
+    Returns what Saver.save publishes of the EMA networks: {file name: (kind, state, config, info)}.
+    """
+    vae = networks.net.vae
+    count = min(4000, len(data))
+    if step == total:
+        count = min(args.stats_images or len(data), len(data))
+    mean, std = latent_statistics(vae, data, args.resolution, count, args, device, precision)
+    # The next step overwrites these buffers with those of the trained network.
+    vae.latent_mean.copy_(mean)
+    vae.latent_std.copy_(std)
+    if val_data is not None:
+        log.note(step, validate(networks, val_data, args, device, precision))
+    epoch = step / log.steps_per_epoch
+    info = dict(arguments=vars(args), step=step, epoch=epoch, stats_images=count)
+    return {"vae.safetensors": ("vae", vae.state_dict(), vae.config, info)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
 
 
 def build_networks(args, device, precision):
-    """-> SendVAE, vision model, LPIPS, discriminator, the last three None where they are not needed. The global generator is
-    for initial weights only, so it is seeded before each network: all other draws are normal's."""
+    """Builds the networks that the flags ask for. The global random generator is for initial
+    weights only, so it is seeded before each network; all other draws are common.draws'.
+    """
+    layout = conv_memory_format(device, precision)
     torch.manual_seed(args.seed)
+    vae = build_vae(args)
+    vfm = mapper = lpips = discriminator = None
+    if args.align != "none":
+        patch = args.mapper_patch or max(1, 16 // vae.factor)
+        grid = vae.latent_size // patch
+        vfm = VFM(args.vfm, args.vfm_weights, args.resolution, grid, args.vfm_stride).to(device)
+        torch.manual_seed(args.seed + 1)
+        mapper = build_mapper(args, vae, vfm.dim, patch)
+    if args.lpips:
+        lpips = LPIPS(args.lpips_weights).to(device, memory_format=layout)
+    if args.gan:
+        torch.manual_seed(args.seed + 2)
+        if args.init_disc:
+            discriminator = load_discriminator(args.init_disc).train()
+        else:
+            discriminator = PatchDiscriminator()
+        discriminator.to(device, memory_format=layout)
+    net = SendVAE(vae, mapper, decode=not args.freeze).to(device, memory_format=layout)
+    latent_shape = (vae.channels, vae.latent_size, vae.latent_size)
+    return Networks(net, vfm, lpips, discriminator, latent_shape)
+
+
+def build_vae(args):
     if args.init:
         vae = load_vae(args.init).train()
         vae.set_resolution(args.resolution)
@@ -352,241 +573,169 @@ def build_networks(args, device, precision):
         vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
     vae.grad_checkpoint = args.grad_checkpoint
     vae.requires_grad_(not args.freeze)
-    vfm = mapper = lpips = disc = None
-    if args.align != "none":
-        patch = args.mapper_patch or max(1, 16 // vae.factor)
-        vfm = VFM(
-            args.vfm, args.vfm_weights, args.resolution, vae.latent_size // patch, args.vfm_stride
-        ).to(device)
-        width = args.mapper_width or vfm.dim
-        torch.manual_seed(args.seed + 1)
-        if args.align == "vavae":
-            mapper = Projection(vae.channels, vfm.dim, patch, patch)
-        else:
-            mapper = Mapper(
-                vae.channels,
-                vae.latent_size,
-                patch,
-                vfm.dim,
-                args.mapper_heads or max(1, width // 64),
-                args.mapper_depth,
-                width,
-                args.mapper_hidden,
-            )
-    if args.lpips:
-        lpips = LPIPS(args.lpips_weights).to(
-            device, memory_format=conv_memory_format(device, precision)
-        )
-    if args.gan:
-        torch.manual_seed(args.seed + 2)
-        disc = PatchDiscriminator()
-        if args.init_disc:
-            disc = load_discriminator(args.init_disc).train()
-        disc.to(device, memory_format=conv_memory_format(device, precision))
-    net = SendVAE(vae, mapper, not args.freeze).to(
-        device, memory_format=conv_memory_format(device, precision)
+    return vae
+
+
+def build_mapper(args, vae, dim, patch):
+    """The mapper from latents to tokens of width `dim`, with patches of `patch` latents."""
+    if args.align == "vavae":
+        return Projection(vae.channels, dim, patch, patch)
+    width = args.mapper_width or dim
+    heads = args.mapper_heads or max(1, width // 64)
+    return Mapper(
+        vae.channels,
+        vae.latent_size,
+        patch,
+        dim,
+        heads,
+        args.mapper_depth,
+        width,
+        args.mapper_hidden,
     )
-    return net, vfm, lpips, disc
+
+
+def trained_networks(networks):
+    """The networks with an optimiser, under their names in a checkpoint."""
+    trained = nn.ModuleDict(dict(net=networks.net))
+    if networks.discriminator is not None:
+        trained["disc"] = networks.discriminator
+    return trained
+
+
+def describe(networks):
+    """Their numbers of parameters, for the terminal."""
+    named = {
+        "VAE": networks.net.vae,
+        "mapper": networks.net.mapper,
+        "VFM": networks.vfm,
+        "discriminator": networks.discriminator,
+    }
+    sizes = []
+    for name, network in named.items():
+        if network is not None:
+            millions = sum(p.numel() for p in network.parameters()) / 1e6
+            sizes.append(f"{name} {millions:.2f}M")
+    return ", ".join(sizes)
+
+
+def compiled_and_parallel(networks, args, device):
+    """The forms in which the networks run: compiled where asked for, and parallel where trained.
+    The plain modules are the ones that are saved.
+    """
+
+    def prepare(network, trained):
+        if network is None:
+            return None
+        if wants_compile(args, device):
+            network = torch.compile(network)
+        return parallel(network) if trained else network
+
+    return Networks(
+        net=prepare(networks.net, trained=True),
+        vfm=prepare(networks.vfm, trained=False),
+        lpips=prepare(networks.lpips, trained=False),
+        discriminator=prepare(networks.discriminator, trained=True),
+        latent_shape=networks.latent_shape,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def load_data(args):
+    """The pictures to train on; the held-out ones or None; and what TrainingBatches adds to a batch
+    for --shuffle-targets, or None."""
+    data = ImageSet(args.data, args.check_data, args.skip_bad)
+    val_data = ImageSet(args.val) if args.val else None
+    say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}")
+    if data.smallest < args.resolution:
+        say(
+            f"note: some pictures are smaller than {args.resolution} pixels (the smallest "
+            f"{data.smallest}) and are enlarged"
+        )
+    others = None
+    if args.shuffle_targets:
+        partner = np.random.default_rng(args.seed).permutation(len(data))
+        others = functools.partial(other_pictures, data, partner, args.resolution)
+    return data, val_data, others
 
 
 def main():
     args = parse_arguments()
-    if args.freeze and args.align == "none":
-        raise UserError("--freeze trains the mapper only, but --align none builds none")
-    if args.fid_every and not args.val:
-        raise UserError(
-            "--fid-every measures reconstructions of held-out pictures: name their folder with --val"
-        )
-    if args.probe_every and not args.probe_data:
-        raise UserError("--probe-every needs --probe-data, a benchmark's folder")
-    if args.freeze:
-        args.lpips = args.kl = args.gan = 0
-    args.noise = args.noise and args.align == "mapper"
+    check_arguments(args)
     device = setup(args.device, args.timeout)
     precision = resolve_precision(args.precision, device)
-    micro_batch = share_batch(args.batch_size, args.accum)
+    share_batch(args.batch_size, args.accum)
 
     # Data
-    data = ImageSet(args.data, args.check_data, args.skip_bad)
-    val_data = ImageSet(args.val) if args.val else None
-    total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
-    steps_per_epoch = len(data) / args.batch_size
-    say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}")
-    if data.smallest < args.resolution:
-        say(
-            f"note: some pictures are smaller than {args.resolution} pixels (the smallest {data.smallest}) and are enlarged"
-        )
+    data, val_data, others = load_data(args)
+    total, steps_per_epoch = count_steps(args, len(data))
 
-    # Networks and optimisers
-    net, vfm, lpips, disc = build_networks(args, device, precision)
-    vae, mapper = net.vae, net.mapper
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    sizes = [
-        f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
-        for name, m in dict(VAE=vae, mapper=mapper, VFM=vfm, discriminator=disc).items()
-        if m is not None
-    ]
-    say(
-        f"model     {', '.join(sizes)}; latents {vae.channels}x{vae.latent_size}x{vae.latent_size}; {precision} on {device}"
-    )
-    trained = nn.ModuleDict(dict(net=net) if disc is None else dict(net=net, disc=disc))
-    groups = [
-        dict(params=[p for p in m.parameters() if p.requires_grad]) for m in trained.values()
-    ]  # clipped one by one
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
-    names = ["align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"]
-    parts = dict(
-        trained, ema=ema, optimizer=optimizer
-    )  # what a checkpoint holds, loaded in this order
+    # Networks and optimiser. A discriminator's gradients are clipped apart from the VAE's.
+    plain = build_networks(args, device, precision)
+    trained = trained_networks(plain)
+    ema = copy.deepcopy(plain.net).eval().requires_grad_(False)
+    optimizer = build_optimizer(trained.values(), args)
+    shape = "x".join(map(str, plain.latent_shape))
+    say(f"model     {describe(plain)}; latents {shape}; {precision} on {device}")
 
-    # Resume
+    # Resume. A checkpoint holds these parts, which are loaded in this order.
+    parts = dict(trained, ema=ema, optimizer=optimizer)
     start, running = resume(args, FREE, parts, total, device)
     if start is None:
         return
 
-    # Parallel and compiled forms; `net` and `disc` stay the plain modules that are saved
-    forward, critic = net, disc
-    if args.compile if args.compile is not None else device.type == "cuda":
-        forward, critic, vfm, lpips = (
-            None if m is None else torch.compile(m) for m in (net, disc, vfm, lpips)
-        )
-    forward = parallel(forward)
-    judge = None if critic is None else parallel(critic)  # critic: without gradients of its own
-
-    # What is looked at now and then
-    if args.fid_every:
-        from fid import Pictures, training_measure  # only here: most runs do without Inception
-
-        measure = training_measure(
-            args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers
-        )
-        held_out = Pictures(args.val, min(args.fid_num, len(val_data)), args.resolution)
-    if args.probe_every and rank() == 0:
-        from probe import training_probe
-
-        probe = training_probe(args.probe_data, args.resolution, precision)
-
-    def reconstructed():
-        """This process's share of the pictures to measure, reconstructed: (indices (b,), uint8 (b,3,H,W))."""
-        for index, x in held_out.batches(device, args.workers):
-            with torch.no_grad(), autocast(device, precision):
-                yield index, to_uint8(ema.vae.decode(ema.vae.encode(from_uint8(x))[0]))
-
-    log = RunLog(args, names, running, start, total, steps_per_epoch, device)
-    partner = np.random.default_rng(args.seed).permutation(len(data))
-    others = (
-        functools.partial(other_pictures, data, partner, args.resolution)
-        if args.shuffle_targets
-        else None
-    )
-    dataset = TrainingBatches(data, args.batch_size, args.seed, args.resolution, extra=others)
-    stream = iter(load_batches(dataset, range(start, total), args.workers, device))
-    shape = (vae.channels, vae.latent_size, vae.latent_size)
-    watch, saver = Watch(args.timeout), Saver(args.out, args.keep_every)
+    # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
+    networks = compiled_and_parallel(plain, args, device)
+    ema_networks = networks._replace(net=ema)
+    measurements = build_measurements(args, val_data, device, precision)
+    log = RunLog(args, running, start, total, steps_per_epoch)
+    batches = TrainingBatches(data, args.batch_size, args.seed, args.resolution, extra=others)
+    stream = iter(load_batches(batches, range(start, total), args.workers, device))
+    watch = Watch(args.timeout)
+    saver = Saver(args.out, args.keep_every)
     guard = Guard(trained, optimizer, args.clip)
-    for step in range(start, total + 1):  # the last turn only measures and saves
-        due = log.every(args.save_every, step)
-        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(
-            args, names, step == total
-        )
-        due = due and not bad
-        if step > start and log.every(args.log_every, step):
-            log.line(step, active)
-        if (due or step % args.sample_every == 0) and rank() == 0:
-            log.pictures(step, draw_pictures(ema.vae, val_data or data, device, precision))
-        if due:
-            stats_images = min(4000 if step < total else args.stats_images or len(data), len(data))
-            mean, std = latent_statistics(
-                ema.vae, data, args.resolution, stats_images, args, device, precision
+
+    # The last turn of the loop trains no more: it only logs, measures and saves.
+    for step in range(start, total + 1):
+        save_due = log.due(args.save_every, step)
+
+        # Log?
+        if log.due(args.log_every, step):
+            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            log.line(step)
+
+        # Picture?
+        if save_due or step % args.sample_every == 0:
+            show_pictures(log, step, ema.vae, data, val_data, device, precision)
+
+        # Measure?
+        log.measure(step, measurements, ema.vae)
+
+        # Save? Not after a bad step, so that the last checkpoint is from before a series of them.
+        if save_due or watch.stop:
+            guard.check(args, newest_checkpoint(args.out), final=step == total)
+        weights = {}
+        if save_due and guard.good:
+            weights = measured_weights(
+                ema_networks, data, val_data, step, total, args, device, precision, log
             )
-            (
-                ema.vae.latent_mean.copy_(mean),
-                ema.vae.latent_std.copy_(std),
-            )  # until the next step only
-            if val_data is not None:
-                log.note(step, validate(ema, vfm, val_data, args, device, precision))
-        if log.every(args.probe_every, step) and rank() == 0:
-            log.note(step, probe(ema.vae))
-        if log.every(args.fid_every, step):
-            log.note(step, dict(rfid=measure(reconstructed(), held_out.count)["fid"]))
-        if (
-            due or watch.stop and not bad
-        ):  # last, so that nothing of this step is missing after a resume
-            info = dict(
-                arguments=vars(args),
-                step=step,
-                epoch=step / steps_per_epoch,
-                stats_images=stats_images if due else None,
-            )
-            weights = (
-                {"vae.safetensors": ("vae", ema.vae.state_dict(), vae.config, info)} if due else {}
-            )
-            state = {name: part.state_dict() for name, part in parts.items()}
-            saver.save(
-                step,
-                weights,
-                dict(
-                    state, step=step, arguments=vars(args), running=mean_over_processes(log.running)
-                ),
-            )
+        if (save_due or watch.stop) and guard.good:
+            saver.save(step, weights, training_state(parts, step, args, log))
+
+        # Done?
         if step == total or watch.stop:
             break
 
-        # ---- one step ------------------------------------------------------------------------------------------------
+        # Train
         watch.begin_step()
         batch = next(stream)
-        gan = args.gan if step >= args.gan_start else 0.0
-        factors = dict(align=args.align_weight, recon=1.0, lpips=args.lpips, kl=args.kl, gan=gan)
-        losses = torch.zeros(len(names), device=device)
-        fakes = []
-        for i in range(args.accum):
-            part = slice(i * micro_batch, (i + 1) * micro_batch)
-            x, position = from_uint8(batch["image"][part]), batch["position"][part]
-            noise, mapper_noise = (
-                normal(args.seed, name, position, shape) for name in ("posterior", "mapper noise")
-            )
-            t = mapper_times(args.seed, position, args.noise and args.noise_kind)
-            with autocast(device, precision), sync_gradients(forward, i == args.accum - 1):
-                y, mean, logvar, tokens = forward(x, noise, t, mapper_noise)
-                terms = {}
-                if mapper is not None:
-                    with torch.no_grad():
-                        target = vfm(
-                            from_uint8(batch["other"][part]) if args.shuffle_targets else x
-                        )  # (b,N,D)
-                    terms["align"] = (vavae_loss if args.align == "vavae" else align_loss)(
-                        tokens, target
-                    )
-                if not args.freeze:
-                    terms["recon"] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
-                if args.lpips:
-                    terms["lpips"] = lpips(y, x).mean()
-                if args.kl:
-                    terms["kl"] = kl_loss(mean, logvar)
-                if gan:
-                    disc.requires_grad_(False)
-                    terms["gan"] = -critic(y).mean()
-                    disc.requires_grad_(True)
-                    fakes.append((x, y.detach()))
-                loss = sum(factors[k] * term for k, term in terms.items())
-                (loss / args.accum).backward()
-            for k, term in terms.items():
-                losses[names.index(k)] += term.detach() / args.accum
-        for i, (x, y) in enumerate(fakes):
-            with autocast(device, precision), sync_gradients(judge, i == args.accum - 1):
-                loss = hinge_loss(judge(x), judge(y))
-                (loss / args.accum).backward()
-            losses[5] += loss.detach() / args.accum
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, total)
+        set_learning_rate(optimizer, learning_rate(args, step, total))
+        losses = train_step(networks, batch, step, args, precision, guard)
+        ema_update(ema, plain.net, args.ema)
         watch.end_step()
-        losses[6] = guard.step(losses[:6], step)
-        ema_update(ema, net, args.ema)
-        active = [*terms, *["disc"] * (gan > 0), "grad_norm"]
         log.add(losses, guard.finite)
-        # --------------------------------------------------------------------------------------------------------------
+
     saver.close()
     log.close(step, f"done      {args.out}/vae.safetensors; pictures in {args.out}/samples")
 

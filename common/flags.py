@@ -2,34 +2,34 @@
 
 import argparse
 
-
 from common.files import UserError
 from common.processes import world
 
 
 def whole_number(text, least=0):
-    """A flag's whole number."""
-    if int(text) < least:
+    """An argparse type: a whole number that is at least `least`."""
+    number = int(text)
+    if number < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return int(text)
+    return number
 
 
 def positive(text):
+    """An argparse type: a whole number that is at least 1."""
     return whole_number(text, least=1)
 
 
 def parse_flags(parser, argv=None):
-    """The arguments; --help names the default of every flag that has one."""
+    """parser.parse_args, after the help of every flag that has a default was made to name it."""
     for action in parser._actions:
-        if not any(
-            action.default is value for value in (None, False, argparse.SUPPRESS)
-        ) and "default" not in (action.help or ""):
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        if has_default and "default" not in (action.help or ""):
             action.help = f"{action.help or ''} (default: %(default)s)".strip()
     return parser.parse_args(argv)
 
 
 def add_machine_flags(parser):
-    """The flags that mean the same in every stage."""
+    """Adds the flags that mean the same in every stage."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--precision",
@@ -50,7 +50,7 @@ def add_machine_flags(parser):
     group.add_argument(
         "--workers",
         type=whole_number,
-        help="loader processes per process (default: its share of the available_cores, up to 8)",
+        help="loader processes per process (default: its share of the cores, up to 8)",
     )
     group.add_argument("--seed", type=whole_number, default=0)
 
@@ -58,100 +58,102 @@ def add_machine_flags(parser):
 def add_training_flags(
     parser, out, batch_size, epochs, lr, ema, log_every, sample_every, save_every, fid, fid_ref
 ):
-    """The flags that mean the same in both training stages."""
-    g = parser.add_argument_group("pictures and vision model")
-    g.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
-    g.add_argument(
+    """Adds the flags that mean the same in both training stages. `out` to `save_every` are their
+    defaults; `fid` and `fid_ref` are what the help calls the measure of --fid-every and its default
+    reference."""
+    group = parser.add_argument_group("pictures and vision model")
+    group.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    group.add_argument(
         "--check-data",
         action="store_true",
         help="decode every picture before training, once for each list of files",
     )
-    g.add_argument(
+    group.add_argument(
         "--skip-bad",
         action="store_true",
         help="another picture of the class for one that cannot be read; else an error",
     )
-    g.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    g.add_argument(
+    group.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    group.add_argument(
         "--vfm-weights", help="local file of its weights (default: timm's, from the hub)"
     )
-    g.add_argument(
+    group.add_argument(
         "--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)"
     )
-    g = parser.add_argument_group("optimisation")
-    g.add_argument(
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
         "--batch-size", type=positive, default=batch_size, help="global, pictures a step"
     )
-    g.add_argument(
+    group.add_argument(
         "--accum",
         type=positive,
         default=1,
         help="forward passes a step; a batch norm sees one at a time",
     )
-    g.add_argument("--epochs", type=float, default=epochs)
-    g.add_argument("--steps", type=positive, help="instead of --epochs")
-    g.add_argument("--lr", type=float, default=lr)
-    g.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
-    g.add_argument("--warmup", type=whole_number, default=0, help="steps")
-    g.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    g.add_argument(
+    group.add_argument("--epochs", type=float, default=epochs)
+    group.add_argument("--steps", type=positive, help="instead of --epochs")
+    group.add_argument("--lr", type=float, default=lr)
+    group.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant")
+    group.add_argument("--warmup", type=whole_number, default=0, help="steps")
+    group.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    group.add_argument(
         "--ema",
         type=float,
         default=ema,
         help="decay of the weights that are published; 0: the raw ones",
     )
-    g.add_argument(
+    group.add_argument(
         "--grad-checkpoint", action="store_true", help="less memory, about a third more time"
     )
-    g = parser.add_argument_group("run")
-    g.add_argument("--out", default=out)
-    g.add_argument(
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out)
+    group.add_argument(
         "--overwrite", action="store_true", help="begin anew in a folder that holds a run"
     )
-    g.add_argument(
+    group.add_argument(
         "--resume",
         action="store_true",
         help="fail if there is nothing to resume (resuming is the default)",
     )
-    g.add_argument("--log-every", type=positive, default=log_every, help="steps")
-    g.add_argument(
+    group.add_argument("--log-every", type=positive, default=log_every, help="steps")
+    group.add_argument(
         "--sample-every",
         type=positive,
         default=sample_every,
         help="steps between pictures in samples/",
     )
-    g.add_argument(
+    group.add_argument(
         "--save-every",
         type=positive,
         default=save_every,
         help="steps between checkpoints; the last two are kept",
     )
-    g.add_argument(
+    group.add_argument(
         "--keep-every",
         type=whole_number,
         default=0,
         help="steps between checkpoints that stay for good; 0: none",
     )
-    g.add_argument(
+    group.add_argument(
         "--max-bad-steps",
         type=whole_number,
         default=10,
         help="stop after more steps in a row whose loss is not finite",
     )
-    g = parser.add_argument_group(f"{fid} during training")
-    g.add_argument("--fid-every", type=whole_number, default=0, help="steps; 0: never")
-    g.add_argument(
+    group = parser.add_argument_group(f"{fid} during training")
+    group.add_argument("--fid-every", type=whole_number, default=0, help="steps; 0: never")
+    group.add_argument(
         "--fid-num",
         type=positive,
         default=5000,
         help="pictures; few pictures give a higher FID than 50,000",
     )
-    g.add_argument("--fid-ref", help=f"reference as for fid.py (default: {fid_ref})")
-    g.add_argument("--inception-weights", help="local file (default: downloaded once)")
+    group.add_argument("--fid-ref", help=f"reference as for fid.py (default: {fid_ref})")
+    group.add_argument("--inception-weights", help="local file (default: downloaded once)")
     add_machine_flags(parser)
 
 
-# Of these, the flags that may change between a run and its resumption
+# Of these flags, the ones that may change when a run is resumed. A stage adds its own.
 FREE_FLAGS = {
     "check_data",
     "skip_bad",
@@ -180,9 +182,19 @@ FREE_FLAGS = {
 
 
 def share_batch(batch_size, accum):
-    """Global batch -> pictures per process and forward pass."""
-    if batch_size % (world() * accum):
+    """Global batch size -> pictures per process and forward pass. Raises a UserError where the
+    batch cannot be divided so.
+    """
+    shares = world() * accum
+    if batch_size % shares:
         raise UserError(
             f"--batch-size {batch_size} is not divisible by {world()} processes x --accum {accum}"
         )
-    return batch_size // (world() * accum)
+    return batch_size // shares
+
+
+def wants_compile(args, device):
+    """Whether to use torch.compile: --compile or --no-compile, else on CUDA only."""
+    if args.compile is not None:
+        return args.compile
+    return device.type == "cuda"

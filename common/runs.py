@@ -1,4 +1,6 @@
-"""What a run leaves in its folder: lock, checkpoints, log, resumable arrays."""
+"""A run's folder: its lock, checkpoints and resuming, the log, and arrays that a killed run can go
+on filling.
+"""
 
 import contextlib
 import fcntl
@@ -33,211 +35,59 @@ from common.flags import FREE_FLAGS
 from common.pictures import save_grid
 from common.processes import barrier, mean_over_processes, rank, say, world
 
-
-def resumable_array(folder, name, dtype, shape, block):
-    """folder/<name>, a memory-mapped array that all processes fill together, `block` rows at a time -> array, marks of the
-    blocks that are filled, numbers of those that are not. A killed run goes on with these. Call mark_done after each."""
-    path, marks = os.path.join(folder, name), os.path.join(folder, "done.npy")
-    if rank() == 0 and not os.path.exists(marks):
-        os.makedirs(folder, exist_ok=True)
-        try:
-            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                with open(
-                    path, "r+b"
-                ) as file:  # a mapped file that meets a full disk later kills the process
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.remove(path)
-            raise UserError(
-                f"cannot write {path}, {math.prod(shape) * np.dtype(dtype).itemsize / 1e9:.3g} GB: {error.strerror}"
-            ) from None
-        with writing(marks) as file:  # last: its presence says that the array is there
-            np.save(file, np.zeros(-(-shape[0] // block), np.uint8))
-    barrier()
-    array, done = (
-        open_array(path, dtype, shape),
-        open_array(marks, np.uint8, (-(-shape[0] // block),)),
-    )
-    todo = np.flatnonzero(done != 1)
-    barrier()  # nobody marks a block before all have read the list
-    return array, done, todo
-
-
-def mark_done(array, done, k):
-    array.flush()  # first: a mark says that its rows are on the disk
-    done[k] = 1
-    done.flush()
+# --------------------------------------------------------------------------------------------------
+# The folder
 
 
 def lock(folder, wait=False):
-    """Makes this run the only one that writes into a folder, until its process ends, however it ends, or closes the file of
-    this number; refuses, or waits for, another. Also removes half-written files that a killed run left there."""
+    """Makes this run the only one that writes into a folder, and removes half-written files that a
+    killed run left there.
+
+    The lock ends with the process, however it ends, or when the returned file number is closed
+    (None on all processes but the first). While another run holds it, this raises a UserError or,
+    with `wait`, waits.
+    """
     file = None
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             file = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock's, not inherited by loaders
+            # Unlike flock's, these locks are not inherited by loader processes.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 raise UserError(
-                    f"another process is writing into {folder}; wait for its end, or name another --out"
+                    f"another process is writing into {folder}; wait until it ends, or choose "
+                    "another --out"
                 ) from None
             say(f"waiting for another process that writes into {folder}")
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"cannot write into {folder}: {error.strerror}; name another with --out, for latents --cache"
+                f"cannot write into {folder}: {error.strerror}; choose another folder with --out, "
+                "for latents with --cache"
             ) from None
-        for inside in (folder, os.path.join(folder, "checkpoints")):
-            for path in glob.glob(os.path.join(glob.escape(inside), "*.tmp")):
-                os.remove(path)
+        _remove_half_written_files(folder)
     barrier()
     return file
 
 
-class Saver:
-    """Writes a run's weights and training state, on the first process, in a thread, from a copy in host memory. What cannot
-    be written is said at once and training goes on; only at the end it is an error. What was saved before stays good."""
-
-    def __init__(self, folder, keep_every=0):
-        self.folder, self.keep_every, self.thread, self.error = folder, keep_every, None, None
-
-    def save(self, step, weights, state):
-        """state: for save_checkpoint; weights: {file name: (kind, state dict, config, info)} for write_weights. A tensor that
-        stands in both is copied once."""
-        if rank() == 0:
-            self.wait()
-            to_host = functools.cache(lambda x: x.detach().to("cpu", copy=True))
-            self.thread = threading.Thread(
-                target=self.write,
-                name="saver",
-                args=(step, *tree_map_only(torch.Tensor, to_host, (weights, state))),
-            )
-            self.thread.start()
-
-    def write(self, step, weights, state):
-        self.error = None
-        try:
-            for name, (kind, part, config, info) in weights.items():
-                write_weights(
-                    os.path.join(self.folder, name), kind, part, config, dict(info, **provenance())
-                )
-            save_checkpoint(self.folder, step, state, self.keep_every)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch.save turns some failed writes into RuntimeError
-            last = (list_checkpoints(self.folder) or ["none"])[-1]
-            self.error = f"cannot save step {step} in {self.folder}: {error}; the last good checkpoint is {last}"
-            say(f"warning: {self.error}; training goes on")
-
-    def wait(self):
-        if self.thread is not None:
-            self.thread.join()
-
-    def close(self):
-        """Waits for the last save; raises if it failed."""
-        self.wait()
-        if self.error:
-            raise UserError(f"{self.error}; make room and give the same command again")
-
-
-def save_checkpoint(folder, step, state, keep_every=0):
-    """The whole training state -> folder/checkpoints/<step>.pt, checked by reading it back before it gets this name. The
-    last two are kept, and those of every `keep_every` steps."""
-    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
-        torch.save(state, file)
-        file.flush()
-        if not is_intact_zip(file.name):
-            raise OSError(
-                "what was read back differs from what was written: the disk may be failing"
-            )
-    for old in list_checkpoints(folder)[:-2]:
-        if not keep_every or int(os.path.basename(old)[:-3]) % keep_every:
-            os.remove(old)
-
-
-def list_checkpoints(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoints", "*.pt")))
-
-
-def load_checkpoint(folder, device):
-    """The newest whole checkpoint -> its state, or None where there is none. Damaged ones are named and passed by."""
-    paths = list_checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            if is_intact_zip(path):
-                return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # whole, but not a checkpoint
-            say(f"note: {path}: {first_line(error)}")
-        say(f"warning: {path} is damaged, using the one before it")
-    if paths:
-        raise UserError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read; start anew with --overwrite"
-        )
-    return None
-
-
-def resume(args, free, parts, total, device):
-    """Makes --out this run's and loads its last state into its parts, in their order -> the step to go on from, None where
-    all steps are done, and the sums of the unfinished line of metrics. Other settings than the run began with are refused,
-    except for the flags named in `free`."""
-    lock(args.out)
-    state = None if args.overwrite else load_checkpoint(args.out, device)
-    if state is None:
-        if args.resume:
-            raise UserError(f"--resume: {args.out} holds no checkpoint")
-        for path in list_checkpoints(args.out) if rank() == 0 else ():
+def _remove_half_written_files(folder):
+    for place in (folder, os.path.join(folder, "checkpoints")):
+        for path in glob.glob(os.path.join(glob.escape(place), "*.tmp")):
             os.remove(path)
-        return 0, None
-    saved, free = (
-        {"vae_hash": state.get("vae_hash")} | state["arguments"],
-        free | FREE_FLAGS,
-    )  # where older SiT runs have it
-    if args.lr_schedule == "cosine":
-        free = free - {"steps", "epochs"}  # the rate of every step depends on the last one's number
-    differ = [
-        f"--{k.replace('_', '-')} was {saved[k]} and is now {v}"
-        for k, v in vars(args).items()
-        if k not in free and k in saved and saved[k] != v
-    ]
-    if differ:
-        raise UserError(
-            f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags to resume, "
-            "another --out, or --overwrite to begin anew"
-        )
-    if state["step"] >= total:
-        say(f"done      {args.out} has its {state['step']} steps already")
-        return None, None
-    with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-            if isinstance(part, torch.optim.Optimizer):
-                match_memory_formats(part)
-    say(f"resuming  {args.out} at step {state['step']}")
-    return state["step"], state["running"]
-
-
-def match_memory_formats(optimizer):
-    """Gives every moment of an optimiser its parameter's memory format. Fused AdamW walks both in the order of their
-    storage, so a state that was saved in channels_last scrambles the update of contiguous weights, and the reverse."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def newest_result(name, what, command):
-    """The newest runs/**/<name> by modification time, said aloud; or an error that tells how to make one."""
+    """The path of the newest runs/**/<name> by modification time, which is also printed. Where
+    there is none, raises a UserError that tells how to make one: `what` it is, and the `command`
+    that makes it.
+    """
     found = glob.glob(os.path.join("runs", "**", name), recursive=True)
     if not found:
         raise UserError(
-            f"no {what} under runs/; make one with `{command}`, or a small one with `python demo.py`"
+            f"no {what} under runs/; make one with `{command}`, or a small one with `python "
+            "demo.py`"
         )
     path = max(found, key=os.path.getmtime)
     say(f"using the newest {what}: {path}")
@@ -245,7 +95,7 @@ def newest_result(name, what, command):
 
 
 def provenance():
-    """What made this result: commit, versions, device."""
+    """What made a result: commit, versions, device, number of processes, date."""
     git = subprocess.run(
         "git describe --always --dirty --abbrev=40 --exclude='*'",
         shell=True,
@@ -253,14 +103,12 @@ def provenance():
         text=True,
         cwd=os.path.dirname(os.path.abspath(__file__)),
     )
-    commit, _, dirty = git.stdout.strip().partition(
-        "-"
-    )  # nothing where there is no git, or no repository
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    # Without git, or outside a repository, the output is empty.
+    commit, _, dirty = git.stdout.strip().partition("-")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
     return dict(
         commit=commit or None,
         dirty=bool(dirty),
@@ -272,106 +120,420 @@ def provenance():
     )
 
 
-class RunLog:
-    """Progress bar and metrics.jsonl of a training run, on the first process; silent on the others.
+# --------------------------------------------------------------------------------------------------
+# Arrays that are filled block by block
 
-    add sums up what line writes the means of; lines after `start`, left by a run that was killed, are dropped.
-    `running`: since the last line, the sums of the losses called `names`, number of bad steps, number of good ones."""
 
-    def __init__(self, args, names, running, start, total, steps_per_epoch, device):
-        self.args, self.names, self.start, self.total, self.steps_per_epoch = (
-            args,
-            names,
-            start,
-            total,
-            steps_per_epoch,
-        )
-        self.running = torch.zeros(len(names) + 2, device=device) if running is None else running
-        self.main, folder = rank() == 0, args.out
-        self.last_time, self.last_step = time.time(), start
-        if self.main:
-            os.makedirs(folder, exist_ok=True)
-            path = os.path.join(folder, "metrics.jsonl")
-            with open(path, "a+b") as file:
-                file.seek(0)
-                lines = re.findall(
-                    rb'^({"step": (\d+), .*}\n)', file.read(), re.MULTILINE
-                )  # the last one may be cut off
-            with writing(path) as file:
-                file.write(b"".join(line for line, step in lines if 0 < int(step) <= start))
-            self.file = open(path, "ab", buffering=2**20)
-            write_json(
-                os.path.join(folder, "config.json"),
-                dict(arguments=vars(args), provenance=provenance()),
+def resumable_array(folder, name, dtype, shape, block):
+    """Opens folder/<name>, a memory-mapped array that all processes fill together, `block` rows at
+    a time. Returns the array, the marks of the blocks that are done (1) or not (0), and the numbers
+    of those that are not. A rerun after a kill finds the finished blocks. Call mark_done after each
+    block.
+    """
+    path = os.path.join(folder, name)
+    marks_path = os.path.join(folder, "done.npy")
+    blocks = math.ceil(shape[0] / block)
+    # The marks are written last: where they exist, the array exists in full.
+    if rank() == 0 and not os.path.exists(marks_path):
+        os.makedirs(folder, exist_ok=True)
+        _reserve_array(path, dtype, shape)
+        with writing(marks_path) as file:
+            np.save(file, np.zeros(blocks, np.uint8))
+    barrier()
+    array = open_array(path, dtype, shape)
+    done = open_array(marks_path, np.uint8, (blocks,))
+    todo = np.flatnonzero(done != 1)
+    # No process may mark a block before all of them have read the list.
+    barrier()
+    return array, done, todo
+
+
+def _reserve_array(path, dtype, shape):
+    """Makes an .npy file of zeros and takes its room on the disk: a process that writes to a mapped
+    file on a full disk is killed by the system, without a message.
+    """
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+        # macOS has no posix_fallocate.
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        gigabytes = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise UserError(f"cannot write {path}, {gigabytes:.3g} GB: {error.strerror}") from None
+
+
+def mark_done(array, done, k):
+    """Marks block k, whose rows have been written."""
+    # The rows must be on the disk before the mark that says so.
+    array.flush()
+    done[k] = 1
+    done.flush()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def list_checkpoints(folder):
+    """Paths of the checkpoints in a run's folder, the oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoints", "*.pt")))
+
+
+def newest_checkpoint(folder):
+    """Path of the newest checkpoint in a run's folder, or None."""
+    paths = list_checkpoints(folder)
+    return paths[-1] if paths else None
+
+
+def save_checkpoint(folder, step, state, keep_every=0):
+    """Writes a training state to folder/checkpoints/<step>.pt. The file is read back and checked
+    before it gets that name. The last two checkpoints are kept, and one of every `keep_every` steps
+    (0: no others). Raises OSError.
+    """
+    with writing(os.path.join(folder, "checkpoints", f"{step:09d}.pt")) as file:
+        torch.save(state, file)
+        file.flush()
+        if not is_intact_zip(file.name):
+            raise OSError(
+                "what was read back differs from what was written: the disk may be failing"
             )
+    for old in list_checkpoints(folder)[:-2]:
+        old_step = int(os.path.basename(old).removesuffix(".pt"))
+        if keep_every == 0 or old_step % keep_every != 0:
+            os.remove(old)
+
+
+def load_checkpoint(folder, device):
+    """The state in the newest undamaged checkpoint, or None where there are no checkpoints. A
+    damaged one is named and the one before it is tried; if all are damaged, raises a UserError.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            if is_intact_zip(path):
+                return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            # A whole zip file that is not a checkpoint: torch.load raises many types.
+            say(f"note: {path}: {first_line(error)}")
+        say(f"warning: {path} is damaged, using the one before it")
+    if paths:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; start anew with "
+            "--overwrite"
+        )
+    return None
+
+
+def training_state(parts, step, args, log):
+    """What save_checkpoint writes and `resume` reads: the state of each part, {name: module or
+    optimizer}, the step, the flags, and the unfinished sums of the log."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    return dict(state, step=step, arguments=vars(args), running=log.sums())
+
+
+class Saver:
+    """Writes a run's weights and training state from the first process, in a thread, so that
+    training continues meanwhile. A failed write is a warning at once, and an error only if the last
+    one failed. Earlier checkpoints stay as they are.
+    """
+
+    def __init__(self, folder, keep_every=0):
+        self.folder = folder
+        self.keep_every = keep_every
+        self.thread = None
+        self.error = None
+
+    def save(self, step, weights, state):
+        """state is for save_checkpoint; weights is {file name: (kind, state dict, config, info)}
+        for write_weights. The thread writes copies in host memory, since training changes the
+        tensors. A tensor that is in both is copied once.
+        """
+        if rank() != 0:
+            return
+        self.wait()
+        copy_to_host = functools.cache(lambda tensor: tensor.detach().to("cpu", copy=True))
+        copies = tree_map_only(torch.Tensor, copy_to_host, (weights, state))
+        self.thread = threading.Thread(target=self.write, name="saver", args=(step, *copies))
+        self.thread.start()
+
+    def write(self, step, weights, state):
+        self.error = None
+        try:
+            for name, (kind, part, config, info) in weights.items():
+                path = os.path.join(self.folder, name)
+                write_weights(path, kind, part, config, dict(info, **provenance()))
+            save_checkpoint(self.folder, step, state, self.keep_every)
+        # torch.save turns some failed writes into RuntimeError.
+        except (OSError, RuntimeError) as error:
+            self.error = (
+                f"cannot save step {step} in {self.folder}: {error}; "
+                f"the last good checkpoint is {newest_checkpoint(self.folder) or 'none'}"
+            )
+            say(f"warning: {self.error}; training continues")
+
+    def wait(self):
+        if self.thread is not None:
+            self.thread.join()
+
+    def close(self):
+        """Waits for the last save. Raises a UserError if it failed."""
+        self.wait()
+        if self.error:
+            raise UserError(f"{self.error}; make room and rerun the command")
+
+
+# --------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def resume(args, free, parts, total, device):
+    """Locks --out and loads its newest checkpoint into `parts`, {name: module or optimizer}, in
+    their order.
+
+    Returns the step to continue from and the log's unfinished sums: (0, None) for a new run, (None,
+    None) for one that has all of its `total` steps. Raises a UserError where a flag that is not in
+    `free` or FREE_FLAGS differs.
+    """
+    lock(args.out)
+    state = None
+    if not args.overwrite:
+        state = load_checkpoint(args.out, device)
+    if state is None:
+        if args.resume:
+            raise UserError(f"--resume: {args.out} holds no checkpoint")
+        if rank() == 0:
+            for path in list_checkpoints(args.out):
+                os.remove(path)
+        return 0, None
+
+    # SiT runs of older versions keep vae_hash beside the arguments.
+    saved = dict(vae_hash=state.get("vae_hash")) | state["arguments"]
+    refuse_other_settings(args, saved, free | FREE_FLAGS)
+    if state["step"] >= total:
+        say(f"done      {args.out} has its {state['step']} steps already")
+        return None, None
+    with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                match_memory_formats(part)
+    say(f"resuming  {args.out} at step {state['step']}")
+    return state["step"], named_sums(state["running"])
+
+
+def refuse_other_settings(args, saved, free):
+    """Raises a UserError that names every flag, but the `free` ones, whose value is not the saved
+    one.
+    """
+    if args.lr_schedule == "cosine":
+        # The learning rate of every step depends on the number of the last one.
+        free = free - {"steps", "epochs"}
+    differ = []
+    for name, value in vars(args).items():
+        if name not in free and name in saved and saved[name] != value:
+            differ.append(f"--{name.replace('_', '-')} was {saved[name]} and is now {value}")
+    if differ:
+        raise UserError(
+            f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags "
+            "to resume, "
+            "another --out, or --overwrite to begin anew"
+        )
+
+
+def match_memory_formats(optimizer):
+    """Gives every moment of an optimiser the memory format of its parameter. Fused AdamW walks both
+    in the order of their storage, so a state that was saved in channels_last scrambles the update
+    of contiguous weights, and the reverse.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+# --------------------------------------------------------------------------------------------------
+# The log: config.json, metrics.jsonl, samples/*.png
+
+# Checkpoints before the log knew its terms by name hold one vector: the sums of these, then the
+# counts of bad and good steps. Its length tells the stage.
+OLD_TERMS = {
+    9: ("align", "recon", "lpips", "kl", "gan", "disc", "grad_norm"),
+    5: ("flow", "repa", "grad_norm"),
+}
+
+
+def named_sums(running):
+    """The log's unfinished sums in a checkpoint, of this version or an older one -> {"bad_steps":
+    scalar, "sums": {term: scalar}, "counts": {term: scalar}}.
+    """
+    if not torch.is_tensor(running):
+        return running
+    *sums, bad, good = running
+    terms = zip(OLD_TERMS[len(running)], sums, strict=True)
+    # The old vector held a 0 for every term that was not in use.
+    used = {term: value for term, value in terms if value != 0}
+    return dict(bad_steps=bad, sums=used, counts=dict.fromkeys(used, good))
+
+
+class RunLog:
+    """Progress bar and metrics.jsonl of a training run, on the first process; the others only take
+    part in the means.
+
+    `add` sums up the losses on the device, each under its name, so that nothing waits for them;
+    `line` writes the means over the good steps since the last line. Lines after step `start`, left
+    by a run that was killed, are dropped.
+    """
+
+    def __init__(self, args, running, start, total, steps_per_epoch):
+        """running: the unfinished sums that `resume` returned, or None."""
+        self.args = args
+        self.start = start
+        self.total = total
+        self.steps_per_epoch = steps_per_epoch
+        self.running = running or self._no_sums()
+        self.last_time = time.time()
+        self.last_step = start
+        self.is_first_process = rank() == 0
+        if self.is_first_process:
+            self._open_files()
         self.bar = tqdm(
             total=total,
             initial=start,
-            disable=not self.main,
+            disable=not self.is_first_process,
             unit="step",
             smoothing=0.05,
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
+        per_pass = args.batch_size // (world() * args.accum)
         say(
-            f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of {steps_per_epoch:.1f} steps; batch "
-            f"{args.batch_size} = {world()} processes x {args.accum} passes x {args.batch_size // (world() * args.accum)}"
+            f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of "
+            f"{steps_per_epoch:.1f} steps; batch "
+            f"{args.batch_size} = {world()} processes x {args.accum} passes x {per_pass}"
         )
 
-    def every(self, n, step):
-        """Whether a turn of the loop is one of every n steps; the last is, unless n is 0."""
-        return n > 0 and (step == self.total or step % n == 0 and step > self.start)
+    def _no_sums(self):
+        return dict(bad_steps=0, sums={}, counts={})
 
-    def add(self, losses, good):
-        """losses (n,) of one step, and whether it counts, on the device: nothing waits for them."""
-        self.running[:-2] += torch.where(good, losses, 0)
-        self.running[-2] += ~good
-        self.running[-1] += good
+    def _open_files(self):
+        folder = self.args.out
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "metrics.jsonl")
+        with open(path, "a+b") as file:
+            file.seek(0)
+            # The last line may be cut off, hence the newline in the pattern.
+            lines = re.findall(rb'^({"step": (\d+), .*}\n)', file.read(), re.MULTILINE)
+        with writing(path) as file:
+            file.write(b"".join(line for line, step in lines if 0 < int(step) <= self.start))
+        # Kept open with a large buffer: what a full disk does not take stays in it until a later
+        # line.
+        self.file = open(path, "ab", buffering=2**20)  # noqa: SIM115 (it stays open as long as the run)
+        record = dict(arguments=vars(self.args), provenance=provenance())
+        write_json(os.path.join(folder, "config.json"), record)
+
+    def due(self, every, step):
+        """Whether something that happens at every `every`-th step (0: never) happens before this
+        one; it also does at the end, and never at the step that a run starts or resumes from.
+        """
+        if every == 0:
+            return False
+        return step == self.total or (step % every == 0 and step > self.start)
+
+    def add(self, losses, finite):
+        """Adds the losses of one step, {term: scalar}, if it was finite (a bool tensor); else
+        counts a bad step.
+        """
+        sums = self.running["sums"]
+        counts = self.running["counts"]
+        for term, loss in losses.items():
+            sums[term] = sums.get(term, 0.0) + torch.where(finite, loss, 0.0)
+            counts[term] = counts.get(term, 0.0) + finite.float()
+        self.running["bad_steps"] = self.running["bad_steps"] + (~finite).float()
         self.bar.update()
 
-    def line(self, step, active):
-        """Writes the means of the losses named in `active` since the last line, over all processes."""
-        *sums, bad, good = mean_over_processes(self.running.clone()).tolist()
-        self.running.zero_()
+    def sums(self):
+        """The unfinished sums for a checkpoint: means over the processes, so that any number of
+        them can resume.
+        """
+        return dict(
+            bad_steps=self.running["bad_steps"],
+            sums=_means_over_processes(self.running["sums"]),
+            counts=self.running["counts"],
+        )
+
+    def line(self, step):
+        """Writes the mean of each loss since the last line, over all processes, and the pictures a
+        second.
+        """
+        if step == self.start:
+            return
+        means = {}
+        for term, total in _means_over_processes(self.running["sums"]).items():
+            count = float(self.running["counts"][term])
+            if count > 0:
+                means[term] = float(total) / count
+        bad_steps = round(float(self.running["bad_steps"]))
+        if bad_steps > 0:
+            means["bad_steps"] = bad_steps
+        self.running = self._no_sums()
+
         now = time.time()
-        rate = (step - self.last_step) * self.args.batch_size / max(now - self.last_time, 1e-9)
-        self.last_time, self.last_step = now, step
-        if self.main:
-            values = {k: v / good for k, v in zip(self.names, sums) if k in active and good}
-            if bad:
-                values["bad_steps"] = round(bad)
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-            self.write(
-                dict(
-                    step=step,
-                    epoch=round(step / self.steps_per_epoch, 4),
-                    **values,
-                    images_per_s=round(rate, 2),
-                )
-            )
+        seconds = max(now - self.last_time, 1e-9)
+        images_per_s = (step - self.last_step) * self.args.batch_size / seconds
+        self.last_time = now
+        self.last_step = step
+        if self.is_first_process:
+            words = {term: f"{value:.4g}" for term, value in means.items()}
+            self.bar.set_postfix(words, refresh=False)
+            epoch = round(step / self.steps_per_epoch, 4)
+            self.write(dict(step=step, epoch=epoch, **means, images_per_s=round(images_per_s, 2)))
 
     def write(self, line):
-        """What a full disk does not take stays in the file's buffer until a later line: none is lost or cut."""
+        """Appends a line to metrics.jsonl. A failed write is a warning, and no line is lost or cut:
+        see _open_files.
+        """
         with warn_if_unwritable(self.file.name):
             self.file.write((json.dumps(line) + "\n").encode())
             self.file.flush()
 
+    def note(self, step, values):
+        """Prints and writes measurements other than the losses, {name: float}."""
+        if self.is_first_process:
+            say(f"step {step}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+            self.write(dict(step=step, **values))
+
+    def measure(self, step, measurements, subject):
+        """Takes the measurements that are due: [(every so many steps, function from the subject to
+        {name: float})]."""
+        for every, measurement in measurements:
+            if self.due(every, step):
+                self.note(step, measurement(subject))
+
     def pictures(self, step, rows):
+        """Writes rows of pictures, each uint8 (n,3,H,W), to samples/<step>.png."""
         path = os.path.join(self.args.out, "samples", f"{step:07d}.png")
         with warn_if_unwritable(path):
             save_grid(path, rows)
 
-    def note(self, step, values):
-        """A line of measurements other than the losses, also said."""
-        if self.main:
-            say(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-            self.write(dict(step=step, **values))
-
     def close(self, step, done):
-        """The last words, after the last save."""
+        """Ends the progress bar and prints `done`, or that a signal stopped the run before its last
+        step.
+        """
         self.bar.close()
-        say(
-            done
-            if step == self.total
-            else f"stopped   by a signal at step {step}; the same command goes on from the last "
-            f"checkpoint in {self.args.out}"
-        )
+        if step == self.total:
+            say(done)
+        else:
+            say(
+                f"stopped   by a signal at step {step}; rerun the command to resume from the last "
+                f"checkpoint in {self.args.out}"
+            )
+
+
+def _means_over_processes(sums):
+    """{term: scalar} -> the same, each the mean over the processes."""
+    if not sums:
+        return {}
+    means = mean_over_processes(torch.stack(list(sums.values())))
+    return dict(zip(sums, means, strict=True))

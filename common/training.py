@@ -1,94 +1,175 @@
-"""Learning rate, EMA, and the guard against steps that are not finite."""
+"""What the two training stages do in the same way: the weighted sum of the losses, learning rate,
+EMA, and the guard against steps that are not finite. Losses are dicts of scalar tensors, and
+everything is keyed by their names.
+"""
 
 import math
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch import nn
 
 from common.files import UserError
 from common.processes import world
-from common.runs import list_checkpoints
+
+
+def weight_of(term, args):
+    """The weight of a loss term: the flag --<term>-weight or, where there is none, the flag
+    --<term>. A term that has neither (the discriminator's own loss) has weight 1.
+    """
+    return getattr(args, f"{term}_weight", getattr(args, term, 1.0))
+
+
+def weighted_sum(losses, args):
+    """{term: scalar} -> scalar, the sum of weight times term."""
+    return sum(weight_of(term, args) * loss for term, loss in losses.items())
+
+
+def passes(batch, count):
+    """Cuts a step's batch on this process, {name: tensor of b rows}, into `count` parts of b / count
+    rows each, one for each forward pass."""
+    chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
+    return [{name: chunks[name][i] for name in batch} for i in range(count)]
+
+
+def add_mean(means, losses, count):
+    """Adds to `means` the losses of one of `count` passes, each {term: scalar}, without their
+    gradients.
+    """
+    for term, loss in losses.items():
+        means[term] = means.get(term, 0.0) + loss.detach() / count
 
 
 def learning_rate(args, step, total):
-    """--lr after --warmup steps, and with --lr-schedule cosine down to 0 at the end."""
-    rate = args.lr * min(
-        1.0, (step + 1) / max(args.warmup, 1)
-    )  # a Python float: checkpoints hold no NumPy scalars
-    return (
-        rate * 0.5 * (1 + math.cos(math.pi * step / total))
-        if args.lr_schedule == "cosine"
-        else rate
-    )
+    """--lr after --warmup steps; with --lr-schedule cosine it falls to 0 at step `total`."""
+    # A Python float, so that checkpoints hold no NumPy scalars.
+    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+    if args.lr_schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / total))
+    return rate
 
 
-class Guard:
-    """Steps an optimiser; a step whose losses or gradient norms (one a group of parameters) are not finite changes neither
-    weights nor the statistics of batch norms. It is counted on the device: nothing waits for it."""
+def count_steps(args, pictures):
+    """For a data set of `pictures` pictures: the run's number of steps (--steps, or that of
+    --epochs) and the steps in an epoch, a float.
+    """
+    steps_per_epoch = pictures / args.batch_size
+    return args.steps or math.ceil(args.epochs * pictures / args.batch_size), steps_per_epoch
 
-    def __init__(self, module, optimizer, limit):
-        self.optimizer, self.limit = optimizer, limit
-        self.statistics = [
-            b
-            for m in module.modules()
-            if isinstance(m, nn.BatchNorm2d)
-            for b in (m.running_mean, m.running_var)
-        ]
-        self.good = [b.clone() for b in self.statistics]
-        self.row = self.most = self.last = torch.zeros(
-            (), device=optimizer.param_groups[0]["params"][0].device
-        )
 
-    def step(self, losses, step):
-        """Clips the gradient norms, steps and clears; losses (n,) -> the first group's norm before clipping, a tensor.
-        finite: whether the step counts; row, most: bad steps in a row until now, and ever; last: number, losses and norm of
-        the last bad one."""
-        norms = torch.stack(
-            [
-                nn.utils.clip_grad_norm_(group["params"], self.limit).to(losses)
-                for group in self.optimizer.param_groups
-            ]
-        )
-        finite = torch.isfinite(torch.cat([losses, norms])).all().float()
-        if world() > 1:  # a loss is not finite on one process: all must skip the step
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        self.optimizer.found_inf = (
-            1 - finite
-        )  # read by the fused kernels, as torch.amp.GradScaler sets it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.finite = finite.bool()
-        for statistic, good in zip(self.statistics, self.good):
-            good.copy_(torch.where(self.finite, statistic, good))
-            statistic.copy_(good)
-        self.row = (self.row + 1) * (1 - finite)
-        self.most = torch.maximum(self.most, self.row)
-        self.last = torch.where(
-            self.finite, self.last, torch.cat([losses.new_full((1,), step), losses, norms[:1]])
-        )
-        return norms[0]
+def build_optimizer(networks, args):
+    """AdamW without weight decay, with one group of parameters for each network: the Guard clips
+    the gradient of each group by itself.
+    """
+    groups = []
+    for network in networks:
+        groups.append(dict(params=[p for p in network.parameters() if p.requires_grad]))
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
-    def look(self, args, names, final):
-        """Whether the last step was bad. Raises if more than --max-bad-steps in a row ever were, or the `final` step was."""
-        row, most = int(self.row), int(self.most)
-        if most > args.max_bad_steps or final and row:
-            step, *values = self.last.tolist()
-            terms = [k for k, v in zip(names, values) if not math.isfinite(v)] or [
-                "on another process"
-            ]
-            good = (list_checkpoints(args.out) or ["none yet"])[-1]
-            raise UserError(
-                f"{most if most > args.max_bad_steps else row} steps in a row, the last one {step:.0f}, were not finite "
-                f"({', '.join(terms)}) and did not enter the weights; the last good checkpoint is {good}; lower --lr, "
-                "or try --precision fp32"
-            )
-        return row > 0
+
+def set_learning_rate(optimizer, rate):
+    """Sets the learning rate of every group of parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model for the parameters, a copy for the buffers; two modules of one shape."""
+    """ema <- decay ema + (1 - decay) model for the parameters, and a copy of the buffers; both are
+    modules of one shape.
+    """
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()):
-        a.copy_(b)
+    for averaged, current in zip(ema.buffers(), model.buffers(), strict=True):
+        averaged.copy_(current)
+
+
+def batch_norm_statistics(module):
+    """The running means and variances of all batch norms in a module, each (C,)."""
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+
+
+class Guard:
+    """Steps an optimiser, unless a loss or a gradient norm is not finite. Such a bad step changes
+    neither weights nor the statistics of batch norms, and counts towards the limit of bad steps in
+    a row. All of it happens on the device, so that the host never waits for it; `check` is where
+    the host reads the counts.
+
+    finite: whether the last step was good, a bool tensor. good: the same on the host, as of the
+    last `check`.
+    """
+
+    def __init__(self, module, optimizer, clip):
+        """module holds every network that the optimiser trains; clip is the largest norm of a
+        parameter group's gradient.
+        """
+        self.optimizer = optimizer
+        self.clip = clip
+        self.statistics = batch_norm_statistics(module)
+        self.last_good_statistics = [buffer.clone() for buffer in self.statistics]
+        device = optimizer.param_groups[0]["params"][0].device
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.good = True
+        self.bad_in_a_row = torch.zeros((), device=device)
+        self.most_bad_in_a_row = torch.zeros((), device=device)
+        self.last_bad_step = torch.zeros((), device=device)
+        self.last_bad_values = {}
+
+    def step(self, losses, step):
+        """Clips the gradients of each parameter group, steps the optimiser and clears the
+        gradients. losses: {term: scalar}. Returns the norm of the first group's gradient before
+        clipping, a scalar tensor.
+        """
+        device = self.finite.device
+        norms = [
+            nn.utils.clip_grad_norm_(group["params"], self.clip).to(device)
+            for group in self.optimizer.param_groups
+        ]
+        values = dict(losses, grad_norm=norms[0])
+        finite = torch.isfinite(torch.stack([*values.values(), *norms[1:]])).all().float()
+        if world() > 1:
+            # A loss that is not finite on one process must stop the step on all.
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+
+        # The fused kernels read found_inf and leave the weights alone where it is 1, as
+        # torch.amp.GradScaler has them do.
+        self.optimizer.found_inf = 1 - finite
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.finite = finite.bool()
+        self._restore_statistics()
+        self._count(finite, values, step)
+        return norms[0]
+
+    def _restore_statistics(self):
+        for statistic, good in zip(self.statistics, self.last_good_statistics, strict=True):
+            good.copy_(torch.where(self.finite, statistic, good))
+            statistic.copy_(good)
+
+    def _count(self, finite, values, step):
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * (1 - finite)
+        self.most_bad_in_a_row = torch.maximum(self.most_bad_in_a_row, self.bad_in_a_row)
+        self.last_bad_step = torch.where(self.finite, self.last_bad_step, step)
+        zero = torch.zeros_like(finite)
+        for term, value in values.items():
+            earlier = self.last_bad_values.get(term, zero)
+            self.last_bad_values[term] = torch.where(self.finite, earlier, value.detach())
+
+    def check(self, args, last_checkpoint, final):
+        """Reads the counts and sets `good`. Raises a UserError if more than --max-bad-steps in a
+        row were ever bad, or if the `final` step was. last_checkpoint: path of the newest one or
+        None, for the message.
+        """
+        in_a_row = int(self.bad_in_a_row)
+        most = int(self.most_bad_in_a_row)
+        self.good = in_a_row == 0
+        if most <= args.max_bad_steps and (self.good or not final):
+            return
+        count = most if most > args.max_bad_steps else in_a_row
+        terms = [term for term, value in self.last_bad_values.items() if not value.isfinite()]
+        raise UserError(
+            f"{count} steps in a row, the last one {int(self.last_bad_step)}, were not finite "
+            f"({', '.join(terms) or 'on another process'}) and did not enter the weights; the last "
+            "good checkpoint "
+            f"is {last_checkpoint or 'none yet'}; lower --lr, or try --precision fp32"
+        )
