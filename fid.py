@@ -83,10 +83,7 @@ def parse_arguments(argv=None):
         nargs="?",
         help=".npz (arr_0) or folder (default: the newest samples.npz under runs/)",
     )
-    g.add_argument(
-        "--ref",
-        help=".npz (mu and sigma, or arr_0, or all of them as ADM's) or folder of pictures",
-    )
+    g.add_argument("--ref", help=".npz (mu and sigma, arr_0, or all, as ADM's) or folder")
     g.add_argument(
         "--pr-images",
         type=whole_number,
@@ -100,7 +97,10 @@ def parse_arguments(argv=None):
     g.add_argument("--data", help="pictures to encode and to decode from the mean of the posterior")
     g.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="0: no LPIPS")
     g.add_argument(
-        "--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers"
+        "--lpips-weights",
+        nargs="+",
+        default=(),
+        help="local files of VGG16 and the linear layers (default: downloaded once)",
     )
     g = p.add_argument_group("pictures and features")
     g.add_argument(
@@ -114,13 +114,8 @@ def parse_arguments(argv=None):
         type=positive,
         help="side to which a folder's pictures are cropped (default: the samples' or the VAE's)",
     )
-    g.add_argument(
-        "--features",
-        help="timm model to measure the Frechet distance with, instead of FID's Inception",
-    )
-    g.add_argument(
-        "--features-weights", help="local file of its weights (default: timm's, from the hub)"
-    )
+    g.add_argument("--features", help="timm model that replaces Inception in the distance")
+    g.add_argument("--features-weights", help="local file of its weights (default: timm's own)")
     g.add_argument("--inception-weights", help=f"local {WEIGHTS} (default: downloaded once)")
     g = p.add_argument_group("run")
     g.add_argument("--out", help="JSON file of the result (default: beside the samples or the VAE)")
