@@ -1,15 +1,19 @@
-"""Stage 2: a flow transformer (SiT) on the latents of a VAE, with the REPA loss.
+"""Stage 2: train a flow transformer (SiT) on the latents of a VAE, with the REPA loss.
 
-    x_t = (1-t) x + t eps, v = eps - x; t ~ U(0,1): 0 is data, 1 is noise; x = normalised posterior sample
-    L = |SiT(x_t, t, y) - v|^2 - repa * mean_n cos(projector(hidden)[n], f(picture)[n])          (paper, eq. 4; REPA)
+    x_t = (1-t) x + t eps,  v = eps - x;  t ~ U(0,1);  x = normalised sample of the posterior
+    L = |SiT(x_t, t, y) - v|^2 - repa mean_n cos(projector(hidden)[n], f(image)[n])  (paper, eq. 4)
 
-    python train_sit.py --size B --steps 100000                 # on the newest VAE under runs/
-    python train_sit.py --repa 0                                # no vision model, and no pictures once latents are cached
-    torchrun --nproc_per_node=8 train_sit.py --vae runs/vae     # the paper's run: XL, 80 epochs, the same curve
+Images are in [-1,1], latents x are normalised by the VAE's statistics, and time t is 0 at data and
+1 at noise; v is the velocity, y the label, f a frozen vision model.
 
-Latents (mean and std of the posterior, fp16, of each picture and its mirror image) are computed once, in the VAE's
-folder. Writes --out (runs/sit): sit.safetensors (EMA weights), sit_raw.safetensors, checkpoints/, metrics.jsonl, samples/.
-The same command goes on where a run was stopped.
+    python train_sit.py --size B --steps 100000                # on the newest VAE under runs/
+    python train_sit.py --repa 0                               # no vision model
+    torchrun --nproc_per_node=8 train_sit.py --vae runs/vae    # the paper's run: XL, 80 epochs
+
+Latents (mean and std of the posterior, fp16, of each picture and its mirror image) are computed
+once and kept in the VAE's folder; without REPA the pictures are not read again. Writes to --out
+(runs/sit): sit.safetensors (EMA weights), sit_raw.safetensors, checkpoints/, metrics.jsonl,
+samples/. Rerun a command to resume it.
 """
 
 import argparse
@@ -17,22 +21,29 @@ import copy
 import functools
 import math
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from common.draws import normal, uniform
 from common.files import UserError
-from common.flags import add_training_flags, parse_flags, positive, share_batch
+from common.flags import (
+    add_training_flags,
+    parse_flags,
+    positive,
+    share_batch,
+    wants_compile,
+)
 from common.pictures import ImageSet, PictureBlocks, TrainingBatches, from_uint8, load_batches
 from common.processes import (
     Watch,
     autocast,
     barrier,
     conv_memory_format,
-    mean_over_processes,
     parallel,
     rank,
     resolve_precision,
@@ -43,54 +54,81 @@ from common.processes import (
     sync_gradients,
     world,
 )
-from common.runs import RunLog, Saver, lock, mark_done, newest_result, resumable_array, resume
-from common.training import Guard, ema_update, learning_rate
+from common.runs import (
+    RunLog,
+    Saver,
+    lock,
+    mark_done,
+    newest_checkpoint,
+    newest_result,
+    resumable_array,
+    resume,
+    training_state,
+)
+from common.training import (
+    Guard,
+    add_mean,
+    build_optimizer,
+    count_steps,
+    ema_update,
+    learning_rate,
+    passes,
+    set_learning_rate,
+    weighted_sum,
+)
 from common.weights import load_vae
-from models import SiT, VFM
+from models import VFM, SiT
 from sample import draw, set_labels
 
-# Flags that may change between a run and its resumption, beside FREE_FLAGS; all others must agree.
+# The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
 FREE = {"vae", "cache", "preview_n", "preview_steps", "preview_cfg"}
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    g = p.add_argument_group("latents")
-    g.add_argument("--vae", help="vae.safetensors or run folder (default: the newest under runs/)")
-    g.add_argument("--cache", help="folder for the latents (default: the VAE's)")
-    g.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
-    g = p.add_argument_group("SiT")
-    g.add_argument("--size", choices=["S", "B", "L", "XL"], default="XL")
-    g.add_argument("--patch", type=int, help="default: 16 / the VAE's factor, at least 1")
-    g.add_argument("--depth", type=int, help="instead of the size's")
-    g.add_argument("--width", type=int, help="instead of the size's")
-    g.add_argument("--heads", type=int, help="instead of the size's")
-    g.add_argument(
+    group = parser.add_argument_group("latents")
+    group.add_argument(
+        "--vae", help="vae.safetensors or run folder (default: the newest under runs/)"
+    )
+    group.add_argument("--cache", help="folder for the latents (default: the VAE's)")
+    group.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
+
+    group = parser.add_argument_group("SiT")
+    group.add_argument("--size", choices=["S", "B", "L", "XL"], default="XL")
+    group.add_argument("--patch", type=int, help="default: 16 / the VAE's factor, at least 1")
+    group.add_argument("--depth", type=int, help="instead of the size's")
+    group.add_argument("--width", type=int, help="instead of the size's")
+    group.add_argument("--heads", type=int, help="instead of the size's")
+    group.add_argument(
         "--label-dropout",
         type=float,
         default=0.1,
         help="share of labels replaced by the null label",
     )
-    g = p.add_argument_group("REPA")
-    g.add_argument("--repa", type=float, default=0.5, help="weight; 0: no vision model")
-    g.add_argument(
+
+    group = parser.add_argument_group("REPA")
+    group.add_argument("--repa", type=float, default=0.5, help="weight; 0: no vision model")
+    group.add_argument(
         "--repa-block", type=int, default=8, help="block whose output is projected, from 1"
     )
-    g = p.add_argument_group("previews")
-    g.add_argument(
+
+    group = parser.add_argument_group("previews")
+    group.add_argument(
         "--preview-n", type=positive, default=8, help="pictures in each of a preview's 8 rows"
     )
-    g.add_argument(
+    group.add_argument(
         "--preview-steps",
         type=positive,
         default=50,
         help="of the ODE sampler of previews and --fid-every",
     )
-    g.add_argument("--preview-cfg", type=float, default=2.5, help="guidance scale of the previews")
+    group.add_argument(
+        "--preview-cfg", type=float, default=2.5, help="guidance scale of the previews"
+    )
     add_training_flags(
-        p,
+        parser,
         "runs/sit",
         batch_size=256,
         epochs=80,
@@ -102,54 +140,156 @@ def parse_arguments(argv=None):
         fid="FID of EMA samples without guidance",
         fid_ref="--data",
     )
-    return parse_flags(p, argv)
+    return parse_flags(parser, argv)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The science of a step
+
+
+class Networks(NamedTuple):
+    """What a step computes with."""
+
+    net: nn.Module  # SiT, which is trained: x_t (B,C,h,w), t (B,), y (B,) -> velocity (B,C,h,w)
+    vae: nn.Module  # frozen; only its latent statistics are used here
+    vfm: nn.Module  # frozen vision model f: images (B,3,H,W) -> patch tokens (B,N,D); None: no REPA
+    null_label: int  # stands for "no class"; it is the number of classes
+    latent_shape: tuple  # (C,h,w)
+
+
+def sit_losses(networks, batch, step, args):
+    """The loss terms of a forward pass, unweighted, {term: scalar}. common.training.weighted_sum
+    makes eq. 4 of them: the weight of a term is the flag --<term>-weight or --<term>, else 1.
+
+    batch: latent fp16 (b,2,C,h,w), mean and std of the posterior; label int64 (b,); position int64
+    (b,), the pictures' places in the run, of which every random draw is a function; with REPA also
+    image uint8 (b,3,H,W).
+    """
+    position = batch["position"]
+    mean, std = batch["latent"].float().unbind(1)  # (b,C,h,w) each
+    posterior_noise = normal(args.seed, "posterior", position, networks.latent_shape)
+    x = networks.vae.normalize(mean + std * posterior_noise)  # (b,C,h,w)
+    t = uniform(args.seed, "time", position)  # (b,)
+    eps = normal(args.seed, "noise", position, networks.latent_shape)  # (b,C,h,w)
+    x_t, v = interpolate(x, eps, t)  # eq. 1
+    u = uniform(args.seed, "label dropout", position)  # (b,)
+    y = drop_labels(batch["label"], u, args.label_dropout, networks.null_label)
+
+    losses = {}
+    if args.repa:
+        predicted, tokens = networks.net(x_t, t, y, tokens=True)
+        with torch.no_grad():
+            target = networks.vfm(from_uint8(batch["image"]))  # (b,N,D)
+        losses["flow"] = F.mse_loss(predicted, v)
+        losses["repa"] = repa_loss(tokens, target)
+    else:
+        losses["flow"] = F.mse_loss(networks.net(x_t, t, y), v)
+    return losses
+
+
+def interpolate(x, eps, t):
+    """Data x and noise eps (B,C,h,w), times t (B,) -> x_t and its velocity, both (B,C,h,w). Paper,
+    eq. 1, with alpha = 1 - t."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * x + t * eps, eps - x
+
+
+def repa_loss(predicted, target):
+    """-cosine, mean over pictures and tokens; both (B,N,D). As REPA."""
+    return -F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
+
+
+def drop_labels(y, u, share, null_label):
+    """Labels y (B,), each replaced by the null label where its uniform draw u (B,) is below
+    `share`: the network learns both velocities that classifier-free guidance needs.
+    """
+    return torch.where(u < share, null_label, y)
+
+
+def train_step(networks, batch, step, args, precision, guard):
+    """One step on this process's share of the batch: --accum passes, then the optimiser. Returns
+    the mean of each loss term over the passes and the norm of the gradient, {term: scalar}.
+    """
+    device = batch["position"].device
+    means = {}
+    for i, part in enumerate(passes(batch, args.accum)):
+        last = i == args.accum - 1
+        trained = (networks.net,)
+        with autocast(device, precision), sync_gradients(trained, last):
+            losses = sit_losses(networks, part, step, args)
+            loss = weighted_sum(losses, args) / args.accum
+            loss.backward()
+        add_mean(means, losses, args.accum)
+    grad_norm = guard.step(means, step)
+    return dict(means, grad_norm=grad_norm)
+
+
+# --------------------------------------------------------------------------------------------------
 # Latent cache
 
-BLOCK = 256  # pictures encoded and marked as done together
+# Pictures that are encoded, written and marked as done together.
+BLOCK = 256
 
 
 @torch.no_grad()
-def cache_latents(vae, data, flip, args, device, precision):
-    """-> folder with latents.npy, fp16 (N, 2 if flip else 1, 2, C, h, w): posterior mean and std of every picture and
-    of its mirror image. Computed once by all processes together; blocks that are done are marked, so that a killed run
-    goes on. The folder's name holds the VAE's hash, the pictures' fingerprint and the precision: another VAE, list or precision
-    is another cache."""
-    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}{'' if flip else '-noflip'}"
-    folder = os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
-    shape = (len(data), 2 if flip else 1, 2, vae.channels, vae.latent_size, vae.latent_size)
+def cache_latents(vae, data, args, device, precision):
+    """Computes the posterior of every picture and of its mirror image, once; all processes share
+    the work, and a rerun after a kill continues with the blocks that are missing. Returns the
+    folder with latents.npy: fp16 (N,S,2,C,h,w), S = 2 sides (1 with --no-flip), then mean and std.
+
+    The folder's name holds the VAE's hash, the pictures' fingerprint and the precision, so another
+    VAE, list of pictures or precision has another cache.
+    """
+    sides = 2 if args.flip else 1
+    folder = cache_folder(vae, data, args, precision)
+    shape = (len(data), sides, 2, vae.channels, vae.latent_size, vae.latent_size)
     stop_at_signal()
-    held = lock(folder, wait=True)
+    lock_file = lock(folder, wait=True)
     latents, done, todo = resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
     if len(todo):
-        say(
-            f"caching   latents of {len(data)} pictures in {folder}, {np.prod(shape) * 2 / 1e9:.2f} GB"
-        )
+        gigabytes = math.prod(shape) * 2 / 1e9
+        say(f"caching   latents of {len(data)} pictures in {folder}, {gigabytes:.2f} GB")
     todo = todo[rank() :: world()]
-    pictures = PictureBlocks(data.stack, vae.resolution, len(data), BLOCK)
-    loader = load_batches(pictures, todo.tolist(), args.workers, device)
-    for block, batch in zip(
-        todo, tqdm(loader, "latents", len(todo), unit="block", disable=rank() > 0, leave=False)
-    ):
-        x = from_uint8(batch["image"])
-        for side in range(shape[1]):
-            for i, part in enumerate(x.flip(3).split(64) if side else x.split(64)):
-                with autocast(device, precision):
-                    mean, logvar = vae.encode(part)
-                pair = torch.stack([mean, (0.5 * logvar).exp()], 1).to(torch.float16).cpu().numpy()
-                if not np.isfinite(pair).all():
-                    raise UserError(
-                        f"latents of {vae.info['path']} leave fp16's range (largest mean {mean.abs().max():.3g})"
-                    )
-                begin = block * BLOCK + i * 64
-                latents[begin : begin + len(pair), side] = pair
+    blocks = PictureBlocks(data.stack, vae.resolution, len(data), BLOCK)
+    loader = load_batches(blocks, todo.tolist(), args.workers, device)
+    bar = tqdm(loader, "latents", len(todo), unit="block", disable=rank() > 0, leave=False)
+    for block, batch in zip(todo, bar, strict=True):
+        x = from_uint8(batch["image"])  # (b,3,H,W), b up to BLOCK
+        begin = block * BLOCK
+        for side in range(sides):
+            seen = x.flip(3) if side == 1 else x
+            latents[begin : begin + len(x), side] = encode_block(vae, seen, device, precision)
         mark_done(latents, done, block)
     barrier()
-    if held is not None:
-        os.close(held)  # training needs no lock of it
+    if lock_file is not None:
+        # Training only reads the latents, so others may use them at the same time.
+        os.close(lock_file)
     return folder
+
+
+def cache_folder(vae, data, args, precision):
+    """The folder for the latents of these pictures by this VAE."""
+    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}"
+    if not args.flip:
+        name += "-noflip"
+    return os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
+
+
+def encode_block(vae, x, device, precision):
+    """Images (b,3,H,W) -> NumPy fp16 (b,2,C,h,w), mean and std of the posterior. Raises a UserError
+    where they leave fp16's range."""
+    encoded = []
+    for part in x.split(64):
+        with autocast(device, precision):
+            mean, logvar = vae.encode(part)
+        pair = torch.stack([mean, (0.5 * logvar).exp()], 1).to(torch.float16).cpu().numpy()
+        if not np.isfinite(pair).all():
+            raise UserError(
+                f"latents of {vae.info['path']} leave fp16's range (largest mean "
+                f"{mean.abs().max():.3g})"
+            )
+        encoded.append(pair)
+    return np.concatenate(encoded)
 
 
 class LatentCache:
@@ -159,68 +299,101 @@ class LatentCache:
         self.folder = folder
 
     @functools.cached_property
-    def latents(self):  # at the first batch of each loader process: it cannot be handed on
+    def latents(self):
+        # Opened at the first batch of each loader process, since a memory map cannot be handed on.
         return np.load(os.path.join(self.folder, "latents.npy"), mmap_mode="r")
 
     def read(self, index, flip):
-        """Indices and flips, int64 and bool arrays (b,) -> dict(latent=fp16 tensor (b,2,C,h,w): mean and std)."""
+        """Indices int64 (b,) and flips bool (b,), both NumPy -> {"latent": fp16 tensor
+        (b,2,C,h,w)}, mean and std.
+        """
         return dict(latent=torch.from_numpy(self.latents[index, flip.astype(np.int64)]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
+# --------------------------------------------------------------------------------------------------
+# Measurements and pictures
 
 
-def interpolate(x, eps, t):
-    """Data x and noise eps (B,C,h,w), times t (B,) -> x_t and its velocity. Paper, eq. 1, with alpha = 1 - t."""
-    t = t.view(-1, 1, 1, 1)
-    return (1 - t) * x + t * eps, eps - x
-
-
-def repa_loss(predicted, target):
-    """-mean cosine over pictures and tokens, both (B,N,D), as REPA."""
-    return -F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
-
-
-def drop_labels(y, u, share, null):
-    """Labels y (B,), each replaced by the null label where its uniform u (B,) is below `share`."""
-    return torch.where(u < share, null, y)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    args = parse_arguments()
-    device = setup(args.device, args.timeout)
-    precision = resolve_precision(args.precision, device)
-    micro_batch = share_batch(args.batch_size, args.accum)
-
-    # Data and latents
-    args.vae = args.vae or os.path.dirname(
-        newest_result("vae.safetensors", "VAE", "python train_vae.py")
+def show_pictures(log, step, sit, vae, args, precision):
+    """Writes samples/<step>.png: 8 rows of --preview-n samples, each row of one class, with the
+    same noise and labels every time.
+    """
+    if rank() != 0:
+        return
+    ids = torch.arange(8 * args.preview_n, device=vae.latent_mean.device)
+    row = ids // args.preview_n
+    classes = sit.num_classes
+    # The rows are spread over all classes; with fewer than 8 they repeat.
+    labels = row * max(classes, 8) // 8 % classes
+    pictures = draw(
+        sit, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, args.preview_cfg
     )
-    vae = load_vae(args.vae, device).to(memory_format=conv_memory_format(device, precision))
-    data = ImageSet(args.data, args.check_data, args.skip_bad)
-    say(
-        f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; VAE {args.vae}, hash {vae.info['hash']}"
-    )
-    cache = LatentCache(cache_latents(vae, data, args.flip, args, device, precision))
+    log.pictures(step, pictures.split(args.preview_n))
 
-    # Models
+
+def build_measurements(args, vae, device, precision):
+    """The measurement of --fid-every: [(every so many steps, function)], the function from a SiT to
+    {name: float}, which is empty on all processes but the first."""
+    if args.fid_every:
+        return [(args.fid_every, sample_fid(args, vae, device, precision))]
+    return []
+
+
+def sample_fid(args, vae, device, precision):
+    """FID, sFID and Inception Score of --fid-num unguided samples, as many of each class."""
+    # Imported here because most runs do without Inception.
+    from fid import training_measure
+
+    measure = training_measure(
+        args.fid_ref or args.data, device, args.inception_weights, vae.resolution, args.workers
+    )
+
+    def samples(sit, size=64):
+        """This process's share: ids (b,) and samples uint8 (b,3,H,W)."""
+        for begin in range(rank() * size, args.fid_num, world() * size):
+            ids = torch.arange(begin, min(begin + size, args.fid_num), device=device)
+            labels = set_labels("equal", ids, sit.num_classes, args.seed)
+            steps = args.preview_steps
+            yield ids, draw(sit, vae, ids, labels, args.seed, precision, "ode", steps, cfg=1.0)
+
+    return lambda sit: measure(samples(sit), args.fid_num)
+
+
+def published_weights(parts, config, step, data, args, log):
+    """What Saver.save publishes, {file name: (kind, state, config, info)}: EMA and raw weights."""
+    info = dict(
+        arguments=vars(args),
+        step=step,
+        epoch=step / log.steps_per_epoch,
+        classes=data.classes,
+        vae_hash=args.vae_hash,
+        vae_path=args.vae,
+    )
+    return {
+        "sit.safetensors": ("sit", parts["ema"].state_dict(), config, info),
+        "sit_raw.safetensors": ("sit", parts["net"].state_dict(), config, info),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+
+
+def build_networks(args, vae, num_classes, device):
+    """The SiT for these latents, and the vision model where REPA needs it. The global random
+    generator is for initial weights only; all other draws are common.draws'."""
     patch = args.patch or max(1, 16 // vae.factor)
     vfm = None
     if args.repa:
-        vfm = VFM(
-            args.vfm, args.vfm_weights, vae.resolution, vae.latent_size // patch, args.vfm_stride
-        ).to(device)
-    torch.manual_seed(args.seed)  # initial weights only: all other draws are normal's
+        grid = vae.latent_size // patch
+        vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, grid, args.vfm_stride).to(device)
+    torch.manual_seed(args.seed)
     net = SiT(
         args.size,
         patch,
         vae.channels,
         vae.latent_size,
-        len(data.classes),
+        num_classes,
         None if vfm is None else vfm.dim,
         args.repa_block,
         args.depth,
@@ -228,152 +401,113 @@ def main():
         args.heads,
     ).to(device)
     net.grad_checkpoint = args.grad_checkpoint
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    total = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
-    steps_per_epoch = len(data) / args.batch_size
-    say(
-        f"model     SiT {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M, {net.grid**2} tokens; {precision} on {device}"
-    )
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
-    parts = dict(
-        net=net, ema=ema, optimizer=optimizer
-    )  # what a checkpoint holds, loaded in this order
+    latent_shape = (vae.channels, vae.latent_size, vae.latent_size)
+    return Networks(net, vae, vfm, net.num_classes, latent_shape)
 
-    # Resume
-    args.vae_hash = vae.info["hash"]  # another VAE is another setting
-    names = ["flow", "repa", "grad_norm"]
+
+def compiled_and_parallel(networks, args, device):
+    """The forms in which the networks run: compiled where asked for, and parallel where trained.
+    The plain modules are the ones that are saved.
+    """
+    net = networks.net
+    vfm = networks.vfm
+    if wants_compile(args, device):
+        net = torch.compile(net)
+        vfm = None if vfm is None else torch.compile(vfm)
+    return networks._replace(net=parallel(net), vfm=vfm)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def load_data(args, device, precision):
+    """The VAE, the pictures, and the cache of their latents, which is filled first."""
+    args.vae = args.vae or os.path.dirname(
+        newest_result("vae.safetensors", "VAE", "python train_vae.py")
+    )
+    vae = load_vae(args.vae, device).to(memory_format=conv_memory_format(device, precision))
+    # Another VAE is another setting, which `resume` refuses.
+    args.vae_hash = vae.info["hash"]
+    data = ImageSet(args.data, args.check_data, args.skip_bad)
+    say(
+        f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; "
+        f"VAE {args.vae}, hash {args.vae_hash}"
+    )
+    return vae, data, LatentCache(cache_latents(vae, data, args, device, precision))
+
+
+def main():
+    args = parse_arguments()
+    device = setup(args.device, args.timeout)
+    precision = resolve_precision(args.precision, device)
+    share_batch(args.batch_size, args.accum)
+
+    # Data
+    vae, data, latents = load_data(args, device, precision)
+    total, steps_per_epoch = count_steps(args, len(data))
+
+    # Networks and optimiser
+    plain = build_networks(args, vae, len(data.classes), device)
+    net = plain.net
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = build_optimizer([net], args)
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    say(f"model     SiT {millions:.2f}M, {net.grid**2} tokens; {precision} on {device}")
+
+    # Resume. A checkpoint holds these parts, which are loaded in this order.
+    parts = dict(net=net, ema=ema, optimizer=optimizer)
     start, running = resume(args, FREE, parts, total, device)
     if start is None:
         return
 
-    # Parallel and compiled form; `net` stays the plain module that is saved
-    forward = net
-    if args.compile if args.compile is not None else device.type == "cuda":
-        forward, vfm = torch.compile(net), None if vfm is None else torch.compile(vfm)
-    forward = parallel(forward)
-
-    # What is looked at now and then
-    if args.fid_every:
-        from fid import training_measure  # only here: most runs do without Inception
-
-        measure = training_measure(
-            args.fid_ref or args.data, device, args.inception_weights, vae.resolution, args.workers
-        )
-
-    def set_batches(count, size=64):
-        """This process's share of `count` pictures, as many of each class: (ids (b,), uint8 (b,3,H,W))."""
-        for k in range(rank() * size, count, world() * size):
-            ids = torch.arange(k, min(k + size, count), device=device)
-            labels = set_labels("equal", ids, net.num_classes, args.seed)
-            yield (
-                ids,
-                draw(
-                    ema, vae, ids, labels, args.seed, precision, "ode", args.preview_steps, cfg=1.0
-                ),
-            )
-
-    log = RunLog(args, names, running, start, total, steps_per_epoch, device)
-    dataset = TrainingBatches(
-        data,
-        args.batch_size,
-        args.seed,
-        vae.resolution if args.repa else None,
-        args.flip,
-        cache.read,
+    # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
+    networks = compiled_and_parallel(plain, args, device)
+    measurements = build_measurements(args, vae, device, precision)
+    log = RunLog(args, running, start, total, steps_per_epoch)
+    image_size = vae.resolution if args.repa else None
+    batches = TrainingBatches(
+        data, args.batch_size, args.seed, image_size, args.flip, extra=latents.read
     )
-    stream = iter(load_batches(dataset, range(start, total), args.workers, device))
-    shape = (vae.channels, vae.latent_size, vae.latent_size)
-    watch, saver = Watch(args.timeout), Saver(args.out, args.keep_every)
+    stream = iter(load_batches(batches, range(start, total), args.workers, device))
+    watch = Watch(args.timeout)
+    saver = Saver(args.out, args.keep_every)
     guard = Guard(net, optimizer, args.clip)
-    for step in range(start, total + 1):  # the last turn only measures and saves
-        due = log.every(args.save_every, step)
-        bad = (due or watch.stop or log.every(args.log_every, step)) and guard.look(
-            args, names, step == total
-        )
-        due = due and not bad
-        if step > start and log.every(args.log_every, step):
-            log.line(step, names if args.repa else ["flow", "grad_norm"])
-        if log.every(args.sample_every, step) and rank() == 0:
-            ids = torch.arange(
-                8 * args.preview_n, device=device
-            )  # 8 rows, the same noise and labels every time
-            labels = ids // args.preview_n * max(len(data.classes), 8) // 8 % len(data.classes)
-            pictures = draw(
-                ema,
-                vae,
-                ids,
-                labels,
-                args.seed,
-                precision,
-                "ode",
-                args.preview_steps,
-                args.preview_cfg,
-            )
-            log.pictures(step, pictures.split(args.preview_n))
-        if log.every(args.fid_every, step):
-            log.note(step, measure(set_batches(args.fid_num), args.fid_num))
-        if (
-            due or watch.stop and not bad
-        ):  # last, so that nothing of this step is missing after a resume
-            info = dict(
-                arguments=vars(args),
-                step=step,
-                epoch=step / steps_per_epoch,
-                classes=data.classes,
-                vae_hash=args.vae_hash,
-                vae_path=args.vae,
-            )
-            state = {name: part.state_dict() for name, part in parts.items()}
-            weights = {
-                "sit.safetensors": ("sit", state["ema"], net.config, info),
-                "sit_raw.safetensors": ("sit", state["net"], net.config, info),
-            }
-            saver.save(
-                step,
-                weights,
-                dict(
-                    state, step=step, arguments=vars(args), running=mean_over_processes(log.running)
-                ),
-            )
+
+    # The last turn of the loop trains no more: it only logs, measures and saves.
+    for step in range(start, total + 1):
+        # Log?
+        if log.due(args.log_every, step):
+            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            log.line(step)
+
+        # Picture?
+        if log.due(args.sample_every, step):
+            show_pictures(log, step, ema, vae, args, precision)
+
+        # Measure?
+        log.measure(step, measurements, ema)
+
+        # Save? Not after a bad step, so that the last checkpoint is from before a series of them.
+        save_due = log.due(args.save_every, step) or watch.stop
+        if save_due:
+            guard.check(args, newest_checkpoint(args.out), final=step == total)
+        if save_due and guard.good:
+            weights = published_weights(parts, net.config, step, data, args, log)
+            saver.save(step, weights, training_state(parts, step, args, log))
+
+        # Done?
         if step == total or watch.stop:
             break
 
-        # ---- one step ------------------------------------------------------------------------------------------------
+        # Train
         watch.begin_step()
         batch = next(stream)
-        losses = torch.zeros(len(names), device=device)
-        for i in range(args.accum):
-            part = slice(i * micro_batch, (i + 1) * micro_batch)
-            position = batch["position"][part]
-            mean, std = batch["latent"][part].float().unbind(1)  # each (b,C,h,w)
-            x = vae.normalize(mean + std * normal(args.seed, "posterior", position, shape))
-            t = uniform(args.seed, "time", position)
-            x_t, v = interpolate(x, normal(args.seed, "noise", position, shape), t)
-            y = drop_labels(
-                batch["label"][part],
-                uniform(args.seed, "label dropout", position),
-                args.label_dropout,
-                net.num_classes,
-            )
-            with autocast(device, precision), sync_gradients(forward, i == args.accum - 1):
-                if args.repa:
-                    predicted, tokens = forward(x_t, t, y, tokens=True)
-                    with torch.no_grad():
-                        target = vfm(from_uint8(batch["image"][part]))
-                    repa = repa_loss(tokens, target)
-                else:
-                    predicted, repa = forward(x_t, t, y), x.new_zeros(())
-                flow = F.mse_loss(predicted, v)
-                ((flow + args.repa * repa) / args.accum).backward()
-            losses[:2] += torch.stack([flow.detach(), repa.detach()]) / args.accum
-        optimizer.param_groups[0]["lr"] = learning_rate(args, step, total)
-        watch.end_step()
-        losses[2] = guard.step(losses[:2], step)
+        set_learning_rate(optimizer, learning_rate(args, step, total))
+        losses = train_step(networks, batch, step, args, precision, guard)
         ema_update(ema, net, args.ema)
+        watch.end_step()
         log.add(losses, guard.finite)
-        # --------------------------------------------------------------------------------------------------------------
+
     saver.close()
     log.close(
         step,
