@@ -1,322 +1,445 @@
-"""The paper's own runs, for those who have the machines: `python -m study.run --paper TABLE` prints for every row of a table
-the command lines, the paper's numbers, GPU-hours, and what to download. Nobody has run these commands in full.
+"""The paper's own runs, for those who have the machines: `python -m study.run --paper TABLE` prints
+for every line of a table the commands, the paper's numbers, GPU-hours, and what to download. Nobody
+has run these commands in full.
 
-GPU-hours are computed, not measured: matrix products, convolutions and attention of each network are counted at batch 1 on the
-meta device, which has shapes and no numbers, and divided by CARD * SHARE. Evaluation and reading of pictures are not in them.
+GPU-hours are computed, not measured. The matrix products, convolutions and attention of each
+network are counted at batch 1 on the meta device, which has shapes but no numbers, and divided by
+the operations per second of an H100 and the share of them that is assumed to be used. Evaluation
+and the reading of pictures are not counted.
 """
 
+import contextlib
 import functools
 import shlex
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
+from common.training import weighted_sum
 import fid
 import models
 import train_sit
 import train_vae
 
-CARD, SHARE = 989e12, 0.4  # an H100's dense bf16 operations/s; the share assumed to be used
-PICTURES = 1281167  # of ImageNet's training set
-ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+# Dense bf16 operations per second of an H100, and the share of them that training is assumed to
+# use.
+H100_OPERATIONS = 989e12
+UTILISATION = 0.4
+# Pictures in ImageNet's training set, and classes.
+IMAGENET_PICTURES = 1281167
+IMAGENET_CLASSES = 1000
+ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+VARIANTS = (
+    "hf download hustvl/va-vae-imagenet256-experimental-variants --include 'ldm-*' "
+    "--local-dir pretrained"
+)
 
-# published VAE: (spec, file, where it is from). REPA-E's IN-VAE and VA-VAE have 32 channels; LightningDiT's variants are taken
-# for the IN-VAEs of 16 and 64
-VARIANTS = "hf download hustvl/va-vae-imagenet256-experimental-variants --include 'ldm-*' --local-dir pretrained"
-PUBLISHED = dict(
-    vavae=(
+
+class PublishedVAE(NamedTuple):
+    spec: str
+    path: str
+    # The command that downloads it to `path`.
+    download: str
+
+
+# REPA-E's IN-VAE and VA-VAE have 32 channels; for the IN-VAEs of 16 and 64, LightningDiT's variants
+# are taken.
+PUBLISHED = {
+    "vavae": PublishedVAE(
         "f16d32",
         "pretrained/vavae/vavae-f16d32.pt",
         "hf download REPA-E/vavae --local-dir pretrained/vavae",
     ),
-    invae=(
+    "invae": PublishedVAE(
         "f16d32",
         "pretrained/invae/invae-f16d32.pt",
         "hf download REPA-E/invae --local-dir pretrained/invae",
     ),
-    sdvae=(
+    "sdvae": PublishedVAE(
         "f8d4",
         "pretrained/sdvae/sdvae-f8d4.pt",
         "hf download REPA-E/sdvae --local-dir pretrained/sdvae",
     ),
-    e2e=(
+    "e2e": PublishedVAE(
         "f16d32",
         "pretrained/e2e-vavae/e2e-vavae-400k.pt",
         "hf download REPA-E/e2e-vavae --local-dir pretrained/e2e-vavae",
     ),
-    d16=("f16d16", "pretrained/ldm-imagenet256-f16d16-50ep.ckpt", VARIANTS),
-    d64=("f16d64", "pretrained/ldm-imagenet256-f16d64-50ep.ckpt", VARIANTS),
-)
-
-# VAE: (published one to start from, train_vae's flags). AS_IS changes no weight (rate 0): it measures the latents' statistics.
-# --accum keeps a GPU's pass at 32 pictures of 256 pixels; the mapper's batch norm then sees 256 of 8 GPUs at a time
-TUNE = "--epochs 80 --batch-size 1024 --accum 4 --lr 3e-4"
-AS_IS = "--align none --lpips 0 --gan 0 --lr 0 --ema 0 --steps 1 --batch-size 64"
-VAES = {
-    **{f"{name}-as-is": (name, AS_IS) for name in PUBLISHED},
-    "sdvae-512-as-is": ("sdvae", f"{AS_IS} --resolution 512"),
-    "sendvae": ("vavae", TUNE),
-    "sendvae-clean": ("vavae", f"{TUNE} --no-noise"),
-    "sendvae-clean-depth0": ("vavae", f"{TUNE} --no-noise --mapper-depth 0"),
-    "sendvae-clean-depth2": ("vavae", f"{TUNE} --no-noise --mapper-depth 2"),
-    **{
-        f"sendvae-{vfm}": ("vavae", f"{TUNE} --vfm {vfm}")
-        for vfm in models.VFM_NAMES
-        if vfm != "dinov2-b"
-    },
-    **{f"sendvae-on-{name}": (name, TUNE) for name in ("invae", "sdvae", "d16", "d64")},
-    "sendvae-on-sdvae-512": ("sdvae", TUNE.replace("--accum 4", "--accum 16 --resolution 512")),
+    "d16": PublishedVAE("f16d16", "pretrained/ldm-imagenet256-f16d16-50ep.ckpt", VARIANTS),
+    "d64": PublishedVAE("f16d64", "pretrained/ldm-imagenet256-f16d64-50ep.ckpt", VARIANTS),
 }
 
-# table: [(row, the paper's numbers, VAE, flags of train_sit.py; in `probe` of probe.py)]
+# --accum keeps a GPU's pass at 32 pictures of 256 pixels; the mapper's batch norm then sees 256
+# pictures of 8 GPUs at a time.
+TUNE = "--epochs 80 --batch-size 1024 --accum 4 --lr 3e-4"
+TUNE_512 = "--epochs 80 --batch-size 1024 --accum 16 --resolution 512 --lr 3e-4"
+# Changes no weight (its learning rate is 0): it only measures the latents' statistics.
+AS_IS = "--align none --lpips 0 --gan 0 --lr 0 --ema 0 --steps 1 --batch-size 64"
+
+
+class Recipe(NamedTuple):
+    """How a VAE is made: a key of PUBLISHED to start from, and flags of train_vae.py."""
+
+    origin: str
+    flags: str
+
+
+VAES = {
+    "vavae-as-is": Recipe("vavae", AS_IS),
+    "invae-as-is": Recipe("invae", AS_IS),
+    "sdvae-as-is": Recipe("sdvae", AS_IS),
+    "e2e-as-is": Recipe("e2e", AS_IS),
+    "d16-as-is": Recipe("d16", AS_IS),
+    "d64-as-is": Recipe("d64", AS_IS),
+    "sdvae-512-as-is": Recipe("sdvae", f"{AS_IS} --resolution 512"),
+    "sendvae": Recipe("vavae", TUNE),
+    "sendvae-clean": Recipe("vavae", f"{TUNE} --no-noise"),
+    "sendvae-clean-depth0": Recipe("vavae", f"{TUNE} --no-noise --mapper-depth 0"),
+    "sendvae-clean-depth2": Recipe("vavae", f"{TUNE} --no-noise --mapper-depth 2"),
+    "sendvae-dinov3-b": Recipe("vavae", f"{TUNE} --vfm dinov3-b"),
+    "sendvae-mae-l": Recipe("vavae", f"{TUNE} --vfm mae-l"),
+    "sendvae-clip-l": Recipe("vavae", f"{TUNE} --vfm clip-l"),
+    "sendvae-siglip-b": Recipe("vavae", f"{TUNE} --vfm siglip-b"),
+    "sendvae-ijepa-h": Recipe("vavae", f"{TUNE} --vfm ijepa-h"),
+    "sendvae-on-invae": Recipe("invae", TUNE),
+    "sendvae-on-sdvae": Recipe("sdvae", TUNE),
+    "sendvae-on-d16": Recipe("d16", TUNE),
+    "sendvae-on-d64": Recipe("d64", TUNE),
+    "sendvae-on-sdvae-512": Recipe("sdvae", TUNE_512),
+}
+
+
+class Entry(NamedTuple):
+    """A line of one of the paper's tables."""
+
+    title: str
+    paper_numbers: str
+    # Keys of VAES, separated by spaces; several only in the last line of `probe`.
+    vaes: str
+    # Flags of train_sit.py; in the table `probe`, of probe.py.
+    flags: str
+
+
 B = "--size B"
-TABLES = dict(
-    system=[
-        (
+TABLES = {
+    "system": [
+        Entry(
             "Send-VAE, 80 epochs, gFID without / with guidance",
             "2.88 / 1.41",
             "sendvae",
             "--size XL --epochs 80",
         ),
-        ("Send-VAE, 800 epochs", "1.75 / 1.21", "sendvae", "--size XL --epochs 800"),
-        ("E2E-VAE, 80 epochs", "3.46 / 1.67", "e2e-as-is", "--size XL --epochs 80"),
-        ("E2E-VAE, 800 epochs", "1.83 / 1.26", "e2e-as-is", "--size XL --epochs 800"),
-        ("SD-VAE, 800 epochs", "5.90 / 1.42", "sdvae-as-is", "--size XL --epochs 800"),
+        Entry("Send-VAE, 800 epochs", "1.75 / 1.21", "sendvae", "--size XL --epochs 800"),
+        Entry("E2E-VAE, 80 epochs", "3.46 / 1.67", "e2e-as-is", "--size XL --epochs 80"),
+        Entry("E2E-VAE, 800 epochs", "1.83 / 1.26", "e2e-as-is", "--size XL --epochs 800"),
+        Entry("SD-VAE, 800 epochs", "5.90 / 1.42", "sdvae-as-is", "--size XL --epochs 800"),
     ],
-    depth=[
-        ("depth 0", "9.20", "sendvae-clean-depth0", B),
-        ("depth 1", "8.42", "sendvae-clean", B),
-        ("depth 2", "9.47", "sendvae-clean-depth2", B),
+    "depth": [
+        Entry("depth 0", "9.20", "sendvae-clean-depth0", B),
+        Entry("depth 1", "8.42", "sendvae-clean", B),
+        Entry("depth 2", "9.47", "sendvae-clean-depth2", B),
     ],
-    noise=[("off", "8.42", "sendvae-clean", B), ("on", "7.57", "sendvae", B)],
-    vfm=[
-        ("none", "11.40", "vavae-as-is", B),
-        ("MAE", "10.01", "sendvae-mae-l", B),
-        ("CLIP", "9.85", "sendvae-clip-l", B),
-        ("I-JEPA", "9.70", "sendvae-ijepa-h", B),
-        ("SigLIP", "9.10", "sendvae-siglip-b", B),
-        ("DINOv2", "7.57", "sendvae", B),
-        ("DINOv3", "7.16", "sendvae-dinov3-b", B),
+    "noise": [
+        Entry("off", "8.42", "sendvae-clean", B),
+        Entry("on", "7.57", "sendvae", B),
     ],
-    channels=[
-        ("f16d16", "13.85", "d16-as-is", B),
-        ("f16d16 aligned", "7.02", "sendvae-on-d16", B),
-        ("f16d32", "17.43", "invae-as-is", B),
-        ("f16d32 aligned", "8.25", "sendvae-on-invae", B),
-        ("f16d64", "26.27", "d64-as-is", B),
-        ("f16d64 aligned", "10.99", "sendvae-on-d64", B),
+    "vfm": [
+        Entry("none", "11.40", "vavae-as-is", B),
+        Entry("MAE", "10.01", "sendvae-mae-l", B),
+        Entry("CLIP", "9.85", "sendvae-clip-l", B),
+        Entry("I-JEPA", "9.70", "sendvae-ijepa-h", B),
+        Entry("SigLIP", "9.10", "sendvae-siglip-b", B),
+        Entry("DINOv2", "7.57", "sendvae", B),
+        Entry("DINOv3", "7.16", "sendvae-dinov3-b", B),
     ],
-    init=[
-        ("SD-VAE, 256", "21.41", "sdvae-as-is", B),
-        ("SD-VAE, 256, aligned", "11.86", "sendvae-on-sdvae", B),
-        ("SD-VAE, 512", "23.59", "sdvae-512-as-is", B),
-        ("SD-VAE, 512, aligned", "13.32", "sendvae-on-sdvae-512", B),
-        ("IN-VAE", "17.43", "invae-as-is", B),
-        ("IN-VAE aligned", "8.25", "sendvae-on-invae", B),
-        ("VA-VAE", "11.40", "vavae-as-is", B),
-        ("VA-VAE aligned", "7.57", "sendvae", B),
+    "channels": [
+        Entry("f16d16", "13.85", "d16-as-is", B),
+        Entry("f16d16 aligned", "7.02", "sendvae-on-d16", B),
+        Entry("f16d32", "17.43", "invae-as-is", B),
+        Entry("f16d32 aligned", "8.25", "sendvae-on-invae", B),
+        Entry("f16d64", "26.27", "d64-as-is", B),
+        Entry("f16d64 aligned", "10.99", "sendvae-on-d64", B),
     ],
-    probe=[
-        ("IN-VAE, F1 of CelebA / DeepFashion / AwA", ".6222 / .0786 / .5567", "invae-as-is", ""),
-        ("VA-VAE", ".6347 / .1094 / .5948", "vavae-as-is", ""),
-        ("E2E-VAE", ".6439 / .1177 / .6441", "e2e-as-is", ""),
-        ("Send-VAE", ".6647 / .1385 / .6623", "sendvae", ""),
-        (
-            "all against gFID; runs/paper/gfid.csv: a line <VAE>,<gFID> for each (17.43, 11.40, 8.96, 7.57 in the paper)",
+    "init": [
+        Entry("SD-VAE, 256", "21.41", "sdvae-as-is", B),
+        Entry("SD-VAE, 256, aligned", "11.86", "sendvae-on-sdvae", B),
+        Entry("SD-VAE, 512", "23.59", "sdvae-512-as-is", B),
+        Entry("SD-VAE, 512, aligned", "13.32", "sendvae-on-sdvae-512", B),
+        Entry("IN-VAE", "17.43", "invae-as-is", B),
+        Entry("IN-VAE aligned", "8.25", "sendvae-on-invae", B),
+        Entry("VA-VAE", "11.40", "vavae-as-is", B),
+        Entry("VA-VAE aligned", "7.57", "sendvae", B),
+    ],
+    "probe": [
+        Entry(
+            "IN-VAE, F1 of CelebA / DeepFashion / AwA", ".6222 / .0786 / .5567", "invae-as-is", ""
+        ),
+        Entry("VA-VAE", ".6347 / .1094 / .5948", "vavae-as-is", ""),
+        Entry("E2E-VAE", ".6439 / .1177 / .6441", "e2e-as-is", ""),
+        Entry("Send-VAE", ".6647 / .1385 / .6623", "sendvae", ""),
+        Entry(
+            "all against gFID; runs/paper/gfid.csv: a line <VAE>,<gFID> for each (17.43, 11.40, "
+            "8.96, 7.57 in the paper)",
             "r = -0.957 of DeepFashion's top-5 recall, over six VAEs",
             "invae-as-is vavae-as-is e2e-as-is sendvae",
             "--gfid runs/paper/gfid.csv",
         ),
     ],
-    reconstruction=[
-        ("IN-VAE, rFID / PSNR / LPIPS / SSIM", ".26 / 28.59 / .089 / .80", "invae-as-is", ""),
-        ("VA-VAE", ".28 / 27.96 / .096 / .79", "vavae-as-is", ""),
-        ("E2E-VAE", ".28 / 27.63 / .110 / .77", "e2e-as-is", ""),
-        ("Send-VAE", ".31 / 27.62 / .101 / .77", "sendvae", ""),
+    "reconstruction": [
+        Entry("IN-VAE, rFID / PSNR / LPIPS / SSIM", ".26 / 28.59 / .089 / .80", "invae-as-is", ""),
+        Entry("VA-VAE", ".28 / 27.96 / .096 / .79", "vavae-as-is", ""),
+        Entry("E2E-VAE", ".28 / 27.63 / .110 / .77", "e2e-as-is", ""),
+        Entry("Send-VAE", ".31 / 27.62 / .101 / .77", "sendvae", ""),
     ],
-)
+}
+# Tables whose lines train no SiT.
+WITHOUT_SIT = ("probe", "reconstruction")
+
+# --------------------------------------------------------------------------------------------------
+# Commands
 
 
-def commands(table, vaes, flags):
-    """Of one row, on 8 GPUs. Rows share runs of the same name: a finished run says that it is done."""
-    names = vaes.split()
-    eight = "torchrun --nproc_per_node=8"
-    found = [
-        f"{eight} train_vae.py --init {PUBLISHED[VAES[v][0]][1]} {VAES[v][1]} --out runs/paper/{v}"
-        for v in names
-    ]
+def commands(table, entry):
+    """The command lines of one Entry of a table, on 8 GPUs.
+
+    Lines share runs of the same name; the command of a finished run ends at once.
+    """
+    torchrun = "torchrun --nproc_per_node=8"
+    lines = []
+    for vae in entry.vaes.split():
+        origin, flags = VAES[vae]
+        init = PUBLISHED[origin].path
+        lines.append(f"{torchrun} train_vae.py --init {init} {flags} --out runs/paper/{vae}")
     if table == "probe":
+        folders = [f"runs/paper/{vae}" for vae in entry.vaes.split()]
         data = "--data data/celeba data/deepfashion data/awa2"
-        return [
-            *found,
-            " ".join(
-                ["python probe.py --vae", *(f"runs/paper/{v}" for v in names), data, *flags.split()]
-            ),
-        ]
+        words = ["python probe.py --vae", *folders, data, *entry.flags.split()]
+        return [*lines, " ".join(words)]
     if table == "reconstruction":
-        return [*found, f"python fid.py --vae runs/paper/{vaes} --data data/imagenet/val"]
-    sit = f"runs/paper/sit-{'-'.join(flags.split()[1::2])}-{vaes}"
-    found.append(f"{eight} train_sit.py --vae runs/paper/{vaes} {flags} --out {sit}")
-    reference = "VIRTUAL_imagenet512.npz" if "512" in vaes else "VIRTUAL_imagenet256_labeled.npz"
-    for suffix, guidance in (("", "--cfg 1"), ("-guided", "--cfg 2.5"))[: 1 + (table == "system")]:
-        found += [
-            f"{eight} sample.py --sit {sit} --num-images 50000 {guidance} --out {sit}{suffix}.npz",
-            f"python fid.py {sit}{suffix}.npz --ref {reference}",
-        ]
-    return found
+        return [*lines, f"python fid.py --vae runs/paper/{entry.vaes} --data data/imagenet/val"]
+
+    setting = "-".join(entry.flags.split()[1::2])
+    sit = f"runs/paper/sit-{setting}-{entry.vaes}"
+    lines.append(f"{torchrun} train_sit.py --vae runs/paper/{entry.vaes} {entry.flags} --out {sit}")
+    reference = "VIRTUAL_imagenet256_labeled.npz"
+    if "512" in entry.vaes:
+        reference = "VIRTUAL_imagenet512.npz"
+    sets = {f"{sit}.npz": "--cfg 1"}
+    if table == "system":
+        sets[f"{sit}-guided.npz"] = "--cfg 2.5"
+    for path, guidance in sets.items():
+        lines.append(f"{torchrun} sample.py --sit {sit} --num-images 50000 {guidance} --out {path}")
+        lines.append(f"python fid.py {path} --ref {reference}")
+    return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks on the meta device, as the stages build them, and their operations
+# --------------------------------------------------------------------------------------------------
+# Networks on the meta device, built by the stages themselves
+
+META = torch.device("meta")
 
 
-def make_vfm(name, resolution, grid):
-    """The vision model with no weights at all: models.VFM itself would fetch its own."""
+class VGGDistance(nn.Module):
+    """Stands in for models.LPIPS, whose weights would be downloaded: the same network, and the mean
+    difference of its features."""
+
+    def __init__(self, weights=()):
+        super().__init__()
+        self.features = vgg16().features.requires_grad_(False)
+
+    def forward(self, a, b):
+        return (self.features(a) - self.features(b)).mean((1, 2, 3))
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Inside, networks are built on the meta device, and none downloads its weights."""
     import timm
 
-    create = timm.create_model
-    with mock.patch.object(
-        timm, "create_model", lambda name, pretrained=False, **words: create(name, **words)
+    create_model = timm.create_model
+
+    def create_without_weights(name, pretrained=False, **options):
+        return create_model(name, **options)
+
+    with (
+        META,
+        mock.patch.object(timm, "create_model", create_without_weights),
+        mock.patch.object(train_vae, "LPIPS", VGGDistance),
     ):
-        return models.VFM(name, image_size=resolution, grid=grid)
+        yield
 
 
 def make_vae(name):
-    """-> train_vae's arguments for this VAE, the VAE, and vision model and mapper or None."""
+    """train_vae.py's arguments and Networks for a VAE of VAES."""
     origin, flags = VAES[name]
     args = train_vae.parse_arguments(shlex.split(flags))
-    vae = models.VAE(PUBLISHED[origin][0], args.resolution)
-    if args.align == "none":
-        return args, vae, None, None
-    patch = args.mapper_patch or max(1, 16 // vae.factor)
-    vfm = make_vfm(args.vfm, args.resolution, vae.latent_size // patch)
-    mapper = models.Mapper(
-        vae.channels, vae.latent_size, patch, vfm.dim, max(1, vfm.dim // 64), args.mapper_depth
-    )
-    return args, vae, vfm, mapper
+    train_vae.check_arguments(args)
+    args.spec = PUBLISHED[origin].spec
+    with without_weights():
+        return args, train_vae.build_networks(args, META, "fp32")
 
 
 def make_sit(vae, flags):
-    """-> train_sit's arguments, the SiT and the vision model of REPA."""
+    """train_sit.py's arguments and Networks for these flags, on the latents of a VAE."""
     args = train_sit.parse_arguments(shlex.split(flags))
-    patch = args.patch or max(1, 16 // vae.factor)
-    vfm = make_vfm(args.vfm, vae.resolution, vae.latent_size // patch)
-    return (
-        args,
-        models.SiT(args.size, patch, vae.channels, vae.latent_size, 1000, vfm.dim, args.repa_block),
-        vfm,
-    )
+    with without_weights():
+        return args, train_sit.build_networks(args, vae, IMAGENET_CLASSES, META)
 
 
-def operations(step):
-    with FlopCounterMode(display=False) as counter:
-        step()
+# --------------------------------------------------------------------------------------------------
+# Operations
+
+
+def operations(function, *inputs):
+    """Floating-point operations of a call; a multiplication and its addition are two."""
+    with META, FlopCounterMode(display=False) as counter:
+        function(*inputs)
     return counter.get_total_flops()
 
 
-def vae_step(vae, vfm, mapper):
-    """One picture through train_vae's step with all losses."""
-    x = torch.zeros(1, 3, vae.resolution, vae.resolution)
-    noise = torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size)
-    y, _, _, tokens = train_vae.SendVAE(vae, mapper)(x, noise, torch.zeros(1), noise)
-    vgg, disc = vgg16().features.requires_grad_(False), models.PatchDiscriminator()
-    vfm(x), vgg(x)
-    critic = disc.requires_grad_(False)(y)
-    (tokens.mean() + y.mean() + vgg(y).mean() + critic.mean()).backward()
-    disc.requires_grad_(True)
-    (disc(x) - disc(y.detach())).mean().backward()
-
-
-def sit_step(vae, sit, vfm):
-    x = torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size)
-    vfm(torch.zeros(1, 3, vae.resolution, vae.resolution))
-    v, tokens = sit(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), tokens=True)
-    (v.mean() + tokens.mean()).backward()
-
-
 @torch.no_grad()
-def forward(net, *inputs):
-    return operations(lambda: net(*inputs))
+def forward_operations(function, *inputs):
+    return operations(function, *inputs)
+
+
+def empty_images(vae, dtype=torch.float32):
+    """Images (1,3,H,W)."""
+    return torch.zeros(1, 3, vae.resolution, vae.resolution, dtype=dtype, device=META)
+
+
+def empty_latents(vae):
+    """Latents (1,C,h,w)."""
+    return torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size, device=META)
+
+
+def empty_labels():
+    """Labels, or positions in the run, int64 (1,)."""
+    return torch.zeros(1, dtype=torch.long, device=META)
+
+
+def vae_step(networks, args):
+    """train_vae.py's forward and backward pass for one picture."""
+    batch = {
+        "image": empty_images(networks.net.vae, torch.uint8),
+        "position": empty_labels(),
+    }
+    losses = train_vae.vae_losses(networks, batch, args.gan_start, args)
+    weighted_sum(losses, args).backward()
+
+
+def sit_step(networks, args):
+    """train_sit.py's forward and backward pass for one picture."""
+    latents = empty_latents(networks.vae)
+    batch = {
+        "latent": torch.stack([latents, latents], 1),
+        "label": empty_labels(),
+        "position": empty_labels(),
+        "image": empty_images(networks.vae, torch.uint8),
+    }
+    losses = train_sit.sit_losses(networks, batch, 0, args)
+    weighted_sum(losses, args).backward()
 
 
 @functools.cache
 def vae_operations(name):
-    """Of one picture: encoding, decoding, and the VAE's whole training with the statistics at its end over all pictures."""
-    with torch.device("meta"):
-        args, vae, vfm, mapper = make_vae(name)
-        encoding = forward(vae.encode, torch.zeros(1, 3, vae.resolution, vae.resolution))
-        decoding = forward(
-            vae.decode, torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size)
-        )
-        training = (
-            0 if mapper is None else args.epochs * operations(lambda: vae_step(vae, vfm, mapper))
-        )
-    return encoding, decoding, training + encoding
+    """Operations for one picture, of a VAE of VAES: encoding, decoding, and all of its training
+    together with the latents' statistics at its end."""
+    args, networks = make_vae(name)
+    vae = networks.net.vae
+    encoding = forward_operations(vae.encode, empty_images(vae))
+    decoding = forward_operations(vae.decode, empty_latents(vae))
+    training = encoding
+    if args.align != "none":
+        training += args.epochs * operations(vae_step, networks, args)
+    return encoding, decoding, training
 
 
-def hours(table, vaes, flags):
-    """{stage: GPU-hours} of one row."""
-    count = dict(VAE=PICTURES * sum(vae_operations(v)[2] for v in vaes.split()))
-    if table not in ("probe", "reconstruction"):
-        encoding, decoding, _ = vae_operations(vaes)
-        with torch.device("meta"):
-            _, vae, *_ = make_vae(vaes)
-            args, sit, vfm = make_sit(vae, flags)
-            z = torch.zeros(1, vae.channels, vae.latent_size, vae.latent_size)
-            once = forward(sit, z, torch.zeros(1), torch.zeros(1, dtype=torch.long))
-            step = operations(lambda: sit_step(vae, sit, vfm))
-        guided = table == "system"  # two sets, and guidance doubles evaluations for t < 0.75
-        sampling = 250 * once * (1 + 1.75 * guided) + decoding * (1 + guided)
-        count.update(
-            caching=2 * PICTURES * encoding,
-            SiT=args.epochs * PICTURES * step,
-            sampling=50000 * sampling,
-        )
-    return {stage: n / (CARD * SHARE) / 3600 for stage, n in count.items()}
+def sit_operations(entry, guided):
+    """{stage: operations} of stage 2 of an Entry. guided: a second set is drawn, with guidance."""
+    encoding, decoding, _ = vae_operations(entry.vaes)
+    _, vae_networks = make_vae(entry.vaes)
+    vae = vae_networks.net.vae
+    args, networks = make_sit(vae, entry.flags)
+    t = torch.zeros(1, device=META)
+    evaluation = forward_operations(networks.net, empty_latents(vae), t, empty_labels())
+    drawing = 250 * evaluation + decoding
+    if guided:
+        # Guidance doubles the evaluations at t < 0.75.
+        drawing += 250 * 1.75 * evaluation + decoding
+    return {
+        # The latents of every picture and of its mirror image.
+        "caching": 2 * IMAGENET_PICTURES * encoding,
+        "SiT": args.epochs * IMAGENET_PICTURES * operations(sit_step, networks, args),
+        "sampling": 50000 * drawing,
+    }
+
+
+def hours(table, entry):
+    """{stage: GPU-hours} of one Entry of a table."""
+    training = sum(vae_operations(vae)[2] for vae in entry.vaes.split())
+    counts = {"VAE": IMAGENET_PICTURES * training}
+    if table not in WITHOUT_SIT:
+        counts.update(sit_operations(entry, guided=table == "system"))
+    operations_per_hour = H100_OPERATIONS * UTILISATION * 3600
+    return {stage: count / operations_per_hour for stage, count in counts.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Text
 
 
 def downloads(table):
-    """What a table needs -> lines."""
-    names = [v for _, _, vaes, _ in TABLES[table] for v in vaes.split()]
-    yield "ImageNet-1k (image-net.org), train/ and val/ as folders of classes under data/imagenet"
-    yield from sorted({PUBLISHED[VAES[v][0]][2] for v in names})
-    sits = table not in ("probe", "reconstruction")
-    vfms = {
-        args.vfm
-        for args in (train_vae.parse_arguments(shlex.split(VAES[v][1])) for v in names)
-        if args.align != "none"
-    }
-    if vfms or sits:
-        vfms = sorted(
-            {
-                models.VFM_NAMES.get(v, v)
-                for v in vfms | ({models.VFM_NAMES["dinov2-b"]} if sits else set())
-            }
+    """A list of what a table's commands need."""
+    vaes = [vae for entry in TABLES[table] for vae in entry.vaes.split()]
+    has_sit = table not in WITHOUT_SIT
+    lines = [
+        "ImageNet-1k (image-net.org), train/ and val/ as folders of classes under data/imagenet",
+        *sorted({PUBLISHED[VAES[vae].origin].download for vae in vaes}),
+    ]
+    vfms = vision_models(vaes)
+    if has_sit:
+        vfms.add(models.VFM_NAMES["dinov2-b"])
+    if vfms:
+        lines.append(
+            f"automatic: timm's weights of {', '.join(sorted(vfms))}; LPIPS: torchvision's VGG16 "
+            f"and {models.LPIPS_URL}"
         )
-        yield f"by themselves: timm's weights of {', '.join(vfms)}; LPIPS: torchvision's VGG16 and {models.LPIPS_URL}"
     if table == "probe":
-        yield "CelebA, DeepFashion, AwA2: see README.md"
+        lines.append("CelebA, DeepFashion, AwA2: see docs/probing.md")
     else:
-        yield f"by itself: {fid.WEIGHTS_URL}"
-    if sits:
-        yield f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"
-    if any("512" in v for v in names):
-        yield f"{ADM}/512/VIRTUAL_imagenet512.npz"
+        lines.append(f"automatic: {fid.WEIGHTS_URL}")
+    if has_sit:
+        lines.append(f"{ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz")
+    if any("512" in vae for vae in vaes):
+        lines.append(f"{ADM_URL}/512/VIRTUAL_imagenet512.npz")
+    return lines
+
+
+def vision_models(vaes):
+    """timm's names of the vision models that VAEs are aligned to."""
+    names = set()
+    for vae in vaes:
+        args = train_vae.parse_arguments(shlex.split(VAES[vae].flags))
+        if args.align != "none":
+            names.add(models.VFM_NAMES.get(args.vfm, args.vfm))
+    return names
 
 
 def describe(table):
-    """The text of --paper."""
-    yield from (f"# download: {line}" for line in downloads(table))
+    """The lines that --paper prints."""
+    for line in downloads(table):
+        yield f"# download: {line}"
     yield (
-        f"# GPU-hours are computed at {SHARE:.0%} of {CARD / 1e12:.0f} TFLOP/s, not measured. Rows share runs of the same "
-        "name, which are done once."
+        f"# GPU-hours are computed at {UTILISATION:.0%} of {H100_OPERATIONS / 1e12:.0f} TFLOP/s, "
+        "not measured. Lines share runs of the same name, which are done once."
     )
-    for row, expected, vaes, flags in TABLES[table]:
-        spent = hours(table, vaes, flags)
-        yield f"\n# {table}, {row}. Paper: {expected}"
-        yield f"# {sum(spent.values()):.3g} GPU-hours: " + ", ".join(
-            f"{stage} {n:.3g}" for stage, n in spent.items()
-        )
-        yield from commands(table, vaes, flags)
+    for entry in TABLES[table]:
+        spent = hours(table, entry)
+        stages = ", ".join(f"{stage} {count:.3g}" for stage, count in spent.items())
+        yield f"\n# {table}, {entry.title}. Paper: {entry.paper_numbers}"
+        yield f"# {sum(spent.values()):.3g} GPU-hours: {stages}"
+        yield from commands(table, entry)

@@ -1,15 +1,18 @@
-"""The paper's claim at a size a laptop can repeat: VAEs with and without alignment and their controls, a small SiT on each, and
-what the samples, a linear probe and two judges say. A runner: it calls the stages as commands, and goes on where it was.
+"""The paper's claim at a size that a laptop can repeat: VAEs with and without alignment and their
+controls, a small SiT on each, and their judgement by a linear probe and by Frechet distances in
+two networks' features.
 
-    python -m study.run --data data/cifar10 --vfm-weights tf_efficientnet_lite0.safetensors     # everything
-    python -m study.run ... --only main noise controls --seeds 1                                # some questions, fewer seeds
-    python -m study.run ... --quick                                                             # question 1 in little time
-    python -m study.run --report                                                                # RESULTS.md from what is there
-    python -m study.run ... --list                                                              # print the commands only
-    python -m study.run --paper noise          # the paper's own runs: commands, its numbers, hours (study/paper.py)
+    python -m study.run --data data/cifar10 --vfm-weights WEIGHTS.safetensors  # everything
+    python -m study.run ... --only main noise controls --seeds 1    # some questions, fewer seeds
+    python -m study.run ... --quick                                 # the first question, quickly
+    python -m study.run ... --list                                  # print the commands only
+    python -m study.run --report        # RESULTS.md and its figures from the runs that exist
+    python -m study.run --paper noise   # the paper's own runs: commands, numbers, GPU-hours
 
---data: a folder with train/ and test/ in ImageNet's layout, small pictures. Everything goes to runs/study (--quick:
-runs/study-quick), a log for each job under log/. Kill it at will; the same command goes on.
+--data is a folder with train/ and test/ in ImageNet's layout, holding small pictures (CIFAR-10).
+The study calls the stages as commands and writes everything to runs/study (--quick:
+runs/study-quick), with a log of each job under log/. It may be stopped at any time: rerun the
+same command to resume it.
 """
 
 import argparse
@@ -18,91 +21,120 @@ import os
 import shlex
 import subprocess
 import sys
+from typing import NamedTuple
 
 from common.files import UserError, writing
 from common.flags import parse_flags
 from common.processes import available_cores, run_main, say
 from common.runs import lock
-from study import paper, report
+from study import figures, paper, report
+from study.attributes import write_attributes
 
-NET = "--spec f4d16 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1"
-TRAIN = (
-    "--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 8 --lr-schedule cosine --warmup 100 --ema 0.99 "
-    "--stats-images 5000 --save-every 2500 --sample-every 2500 --workers 1"
+# --------------------------------------------------------------------------------------------------
+# What is trained
+
+NETWORK = "--spec f4d16 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1"
+VAE_TRAINING = (
+    "--resolution 32 --recon l1 --lpips 0 --gan 0 --batch-size 8 --lr-schedule cosine --warmup 100 "
+    "--ema 0.99 --stats-images 5000 --save-every 2500 --sample-every 2500 --workers 1"
 )
 TEACHER = "--vfm tf_efficientnet_lite0 --vfm-stride 16"
 MAPPER = f"{TEACHER} --mapper-patch 1 --mapper-width 192 --mapper-hidden 256"
-SIT = (
-    "--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr 1e-3 --ema 0.995 --preview-n 1 --preview-steps 10 "
-    "--sample-every 1000000 --workers 1"
+SIT_TRAINING = (
+    "--patch 2 --depth 6 --width 192 --heads 3 --no-flip --batch-size 64 --lr 1e-3 --ema 0.995 "
+    "--preview-n 1 --preview-steps 10 --sample-every 1000000 --workers 1"
 )
 SAMPLER = "--sampler ode --steps 25 --num 1000"
-# VAE steps from scratch and of tuning, SiT steps at which `plain` and `send` are judged; all others are judged at `compare` and
-# at the last
-SIZES = dict(
-    full=dict(base=4400, tune=5000, points=(250, 500, 750, 1000, 2000), compare=750),
-    quick=dict(base=3000, tune=3500, points=(250, 500, 750), compare=750),
-)
 
-# question: {VAE: (starts from, flags)}; `scratch` ones train for base + tune steps, `plain_short` for SHORT of the tuning's: as many
-# as give it the PSNR of `send` (found by trying)
-SHORT = 0.44
-QUESTIONS = dict(  # in the order in which they are run
-    main=dict(plain=("base", "--align none"), send=("base", MAPPER)),
-    seeds=dict(
-        plain_s1=("base", "--align none --seed 1"),
-        send_s1=("base", f"{MAPPER} --seed 1"),
-        plain_s2=("base", "--align none --seed 2"),
-        send_s2=("base", f"{MAPPER} --seed 2"),
-    ),
-    controls=dict(
-        shuffled=("base", f"{MAPPER} --shuffle-targets"),
-        base=None,
-        plain_short=("base", "--align none"),
-    ),
-    teacher=dict(random_teacher=("base", MAPPER + " --vfm-weights {out}/random.safetensors")),
-    noise=dict(no_noise=("base", f"{MAPPER} --no-noise")),
-    depth=dict(
-        depth0=("base", f"{MAPPER} --mapper-depth 0"),
-        depth2=("base", f"{MAPPER} --mapper-depth 2"),
-        mlp=("base", f"{MAPPER} --mapper-depth 0 --mapper-hidden 632"),
-    ),
-    weight={f"weight{w}": ("base", f"{MAPPER} --align-weight {w}") for w in ("0.1", "2", "0.5")},
-    loss=dict(vavae=("base", f"{TEACHER} --mapper-patch 1 --align vavae")),
-    scratch=dict(
-        scratch_plain=(None, f"{NET} --align none"), scratch_send=(None, f"{NET} {MAPPER}")
-    ),
-    channels=dict(
-        plain_d8=("base_d8", "--align none"),
-        send_d8=("base_d8", MAPPER),
-        plain_d32=("base_d32", "--align none"),
-        send_d32=("base_d32", MAPPER),
-    ),
-    kind=dict(constant_noise=("base", f"{MAPPER} --noise-kind constant")),
-)
-BASES = dict(base=NET, base_d8=NET.replace("d16", "d8"), base_d32=NET.replace("d16", "d32"))
+SCRATCH_LEARNING_RATE = 2e-3
+TUNING_LEARNING_RATE = 1e-3
 
-# AwA's manner: what is true of most members of a class. Columns are the ten classes in alphabetical order.
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-ATTRIBUTES = dict(
-    animal="0011111100",
-    four_legs="0001111100",
-    hooves="0000100100",
-    fur="0001110100",
-    wings="1010000000",
-    flies="1010000000",
-    wheels="1100000001",
-    metal="1100000011",
-    on_water="0000000010",
-    on_roads="0100000001",
-    carries_people="1100000111",
-    larger_than_a_man="1100100111",
-    kept_as_a_pet="0001010000",
-    lays_eggs="0010001000",
-)
+
+class Size(NamedTuple):
+    """How long the study trains."""
+
+    # VAE steps from scratch, and of the tuning that follows.
+    base_steps: int
+    tune_steps: int
+    # SiT steps at which `plain` and `send` are judged; all other VAEs at compare_step and the last.
+    sit_points: tuple
+    compare_step: int
+
+
+SIZES = {
+    "full": Size(4400, 5000, (250, 500, 750, 1000, 2000), 750),
+    "quick": Size(3000, 3500, (250, 500, 750), 750),
+}
+
+
+class Recipe(NamedTuple):
+    """How a VAE is trained."""
+
+    # The VAE that it is tuned from. None: it is trained from scratch, for as many steps as both
+    # together.
+    init: str | None
+    # Flags of train_vae.py, besides those that all VAEs share.
+    flags: str
+
+
+def tuned(flags, init="base"):
+    return Recipe(init, flags)
+
+
+# The VAEs of each question, in the order in which they are run. None: the VAE is a base, which is
+# trained anyway for others to start from. Which VAEs are compared is written in study/sections.py.
+QUESTIONS = {
+    "main": {"plain": tuned("--align none"), "send": tuned(MAPPER)},
+    "seeds": {
+        "plain_s1": tuned("--align none --seed 1"),
+        "send_s1": tuned(f"{MAPPER} --seed 1"),
+        "plain_s2": tuned("--align none --seed 2"),
+        "send_s2": tuned(f"{MAPPER} --seed 2"),
+    },
+    "controls": {
+        "shuffled": tuned(f"{MAPPER} --shuffle-targets"),
+        "base": None,
+        "plain_short": tuned("--align none"),
+    },
+    "teacher": {"random_teacher": tuned(MAPPER + " --vfm-weights {out}/random.safetensors")},
+    "noise": {"no_noise": tuned(f"{MAPPER} --no-noise")},
+    "depth": {
+        "depth0": tuned(f"{MAPPER} --mapper-depth 0"),
+        "depth2": tuned(f"{MAPPER} --mapper-depth 2"),
+        "mlp": tuned(f"{MAPPER} --mapper-depth 0 --mapper-hidden 632"),
+    },
+    "weight": {
+        "weight0.1": tuned(f"{MAPPER} --align-weight 0.1"),
+        "weight2": tuned(f"{MAPPER} --align-weight 2"),
+        "weight0.5": tuned(f"{MAPPER} --align-weight 0.5"),
+    },
+    "loss": {"vavae": tuned(f"{TEACHER} --mapper-patch 1 --align vavae")},
+    "scratch": {
+        "scratch_plain": Recipe(None, f"{NETWORK} --align none"),
+        "scratch_send": Recipe(None, f"{NETWORK} {MAPPER}"),
+    },
+    "channels": {
+        "plain_d8": tuned("--align none", "base_d8"),
+        "send_d8": tuned(MAPPER, "base_d8"),
+        "plain_d32": tuned("--align none", "base_d32"),
+        "send_d32": tuned(MAPPER, "base_d32"),
+    },
+    "kind": {"constant_noise": tuned(f"{MAPPER} --noise-kind constant")},
+}
+BASES = {
+    "base": NETWORK,
+    "base_d8": NETWORK.replace("d16", "d8"),
+    "base_d32": NETWORK.replace("d16", "d32"),
+}
+
+# `plain_short` is tuned for this share of the steps. It was found by trying and gives `send`'s
+# PSNR.
+SHORT_TUNING_SHARE = 0.44
 
 
 def parse_arguments(argv=None):
+    """The flags, and what follows from --quick: out (folder), size (Size), results (path of the
+    page)."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,8 +147,8 @@ def parse_arguments(argv=None):
     p.add_argument(
         "--repa", action="store_true", help="also a SiT with the REPA loss on `plain` and `send`"
     )
-    p.add_argument("--jobs", type=int, default=available_cores(), help="side by side")
-    p.add_argument("--quick", action="store_true", help="one seed of `main`, shorter")
+    p.add_argument("--jobs", type=int, default=available_cores(), help="jobs that run side by side")
+    p.add_argument("--quick", action="store_true", help="one seed of `main`, with shorter training")
     p.add_argument("--list", action="store_true", help="print the commands, run nothing")
     p.add_argument(
         "--paper",
@@ -126,235 +158,288 @@ def parse_arguments(argv=None):
     p.add_argument(
         "--report",
         action="store_true",
-        help="write RESULTS.md and its figures from what is there (study/report.py)",
+        help="write RESULTS.md and its figures from the runs that exist (study/report.py)",
     )
-    return parse_flags(p, argv)
+    args = parse_flags(p, argv)
+    if args.quick:
+        args.only = ["main"]
+        args.seeds = 1
+        args.size = SIZES["quick"]
+        args.out = "runs/study-quick"
+        args.results = "runs/study-quick/RESULTS.md"
+    else:
+        args.size = SIZES["full"]
+        args.out = "runs/study"
+        args.results = "RESULTS.md"
+    return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Jobs: name -> (names of jobs to wait for, [(command, file that shows it is done)])
+def vaes_of(questions):
+    return [vae for question in questions for vae in QUESTIONS[question]]
 
 
-def plan(args, out, size):
-    """All jobs, the more urgent first: `main` before all, then breadth (every VAE with one SiT), more SiT seeds, longer runs."""
-    teacher = f" --vfm-weights {args.vfm_weights}" if args.vfm_weights else ""
-    judge = f"{TEACHER}{teacher} --data {args.data} --classifier {out}/classifier.pt"
-    data = f"--data {args.data}/train --val {args.data}/test"
-    jobs = {
-        "classifier": (
-            [],
-            [
-                (
-                    f"-m study.judge classifier --data {args.data} --out {out}/classifier.pt",
-                    f"{out}/classifier.pt",
-                )
-            ],
-        )
-    }
+# --------------------------------------------------------------------------------------------------
+# Jobs
 
-    def add_vae(name, init, flags, steps, rate):
-        after, start = ([f"vae {init}"], f"--init {out}/vae_{init} ") if init else ([], "")
-        if "{out}" in flags:
-            jobs["random teacher"] = (
-                [],
-                [(f"-m study.run random {out}", f"{out}/random.safetensors")],
-            )
-            after.append("random teacher")
-        elif "--vfm " in flags:
-            flags += teacher
-        command = f"train_vae.py {data} {TRAIN} {flags.format(out=out)} {start}--steps {steps} --lr {rate} --out {out}/vae_{name}"
-        jobs[f"vae {name}"] = after, [(command, f"{out}/vae_{name}/checkpoints/{steps:09d}.pt")]
 
-    def add_judge(vae):
-        names = f"--vae {out}/vae_{vae} --train-images 10000 --pictures 0 --workers 1"
-        jobs[f"judge {vae}"] = (
-            [f"vae {vae}", "classifier"],
-            [
-                (
-                    f"-m study.judge vae {out}/vae_{vae} {judge} --out {out}/judged/{vae}.json",
-                    f"{out}/judged/{vae}.json",
-                ),
-                (
-                    f"probe.py {names} --data {args.data} --task classes --task uniformity --task mixture --out {out}/probe_{vae}",
-                    f"{out}/probe_{vae}/result.json",
-                ),
-                (
-                    f"probe.py {names} --data {out}/attributes --task attributes --out {out}/probe_{vae}_attributes",
-                    f"{out}/probe_{vae}_attributes/result.json",
-                ),
-            ],
-        )
+class Command(NamedTuple):
+    # What follows `python` on the command line.
+    words: str
+    # A file whose existence shows that the command has been run.
+    product: str
 
-    def add_chains(vae, seed):
-        main = vae in QUESTIONS["main"]
-        add_chain(
-            f"sit {vae} {seed}",
-            [f"vae {vae}"],
-            vae,
-            seed,
-            "",
-            "--repa 0",
-            size["points"] if main else [size["compare"]],
-            main,
-        )
-        if args.repa and main:
-            repa = f"--repa 0.5 --repa-block 4 {TEACHER}{teacher}"
-            add_chain(
-                f"sit {vae}-repa {seed}",
-                [f"vae {vae}"],
-                vae,
-                seed,
-                "-repa",
-                repa,
-                [size["compare"]],
-            )
 
-    def add_chain(name, after, vae, seed, kind, flags, points, more=False):
-        """A SiT that is stopped at each point to draw a set of samples; all sets are judged at the end. `more`: also a guided set
-        at the last and, to see what the draw itself is worth, another set of the same SiT."""
-        run, steps, sets = f"{out}/sit_{vae}{kind}_{seed}", [], []
+class Job(NamedTuple):
+    # Names of the jobs that must have ended well before this one starts.
+    after: list
+    # Commands, run one after the other.
+    commands: list
 
-        def draw(suffix, flags, draw_seed):
-            sets.append(f"{out}/samples/{vae}{kind}_{seed}_{n}{suffix}.npz")
-            steps.append(
-                (
-                    f"sample.py --sit {run} {SAMPLER} {flags} --seed {draw_seed} --out {sets[-1]}",
-                    sets[-1],
-                )
-            )
 
-        for n in points:
-            steps.append(
-                (
-                    f"train_sit.py --data {args.data}/train --vae {out}/vae_{vae} {SIT} {flags} --seed {seed} --steps {n} "
-                    f"--out {run}",
-                    f"{out}/samples/{vae}{kind}_{seed}_{n}.npz",
-                )
-            )
-            draw("", "--cfg 1", seed)
-        if more:
-            draw("-guided", "--cfg 1.5 --interval 0 1", seed)
-            draw("-again", "--cfg 1", seed + 100)
-        steps.append(
-            (f"-m study.judge samples {' '.join(sets)} {judge}", sets[-1].replace(".npz", ".json"))
-        )
-        jobs[name] = [*after, "classifier"], steps
+def plan(args):
+    """All jobs as {name: Job}, the most urgent first.
 
-    for question in (q for q in QUESTIONS if q in args.only):
-        for vae, how in QUESTIONS[question].items():
-            if how is not None:
-                init, flags = how
-                if init and f"vae {init}" not in jobs:
-                    add_vae(init, None, f"{BASES[init]} --align none", size["base"], 2e-3)
-                steps = (
-                    int(size["tune"] * SHORT)
-                    if vae == "plain_short"
-                    else size["tune"] + (0 if init else size["base"])
-                )
-                add_vae(vae, init, flags, steps, 1e-3 if init else 2e-3)
+    The main pair comes before everything else, then breadth (every VAE with one SiT), then more SiT
+    seeds, and then longer training of the SiTs outside the main pair.
+    """
+    chosen = [question for question in QUESTIONS if question in args.only]
+    others = vaes_of([question for question in chosen if question != "main"])
+
+    jobs = {"classifier": classifier_job(args)}
+    # Every VAE, its measures and one SiT; the main pair gets its SiTs of all seeds at once.
+    for question in chosen:
+        add_vaes(jobs, args, QUESTIONS[question])
+        seeds = args.seeds if question == "main" else min(args.seeds, 1)
         for vae in QUESTIONS[question]:
-            add_judge(vae)
-            for seed in range(args.seeds if question == "main" else min(args.seeds, 1)):
-                add_chains(vae, seed)
+            jobs[f"judge {vae}"] = judge_job(args, vae)
+            for seed in range(seeds):
+                add_sits(jobs, args, vae, seed)
+    # More SiT seeds.
     for seed in range(1, args.seeds):
-        for question in (q for q in QUESTIONS if q in args.only and q != "main"):
-            for vae in QUESTIONS[question]:
-                add_chains(vae, seed)
+        for vae in others:
+            add_sits(jobs, args, vae, seed)
+    # The same SiTs, trained further.
+    last_step = args.size.sit_points[-1]
     for seed in range(args.seeds):
-        for vae in (v for q in QUESTIONS if q in args.only and q != "main" for v in QUESTIONS[q]):
-            add_chain(
-                f"late {vae} {seed}",
-                [f"sit {vae} {seed}"],
-                vae,
-                seed,
-                "",
-                "--repa 0",
-                size["points"][-1:],
-            )
+        for vae in others:
+            after = f"sit {vae} {seed}"
+            jobs[f"late {vae} {seed}"] = sit_job(args, vae, seed, [last_step], after)
     if "main" in args.only:
-        jobs["latents"] = (
-            ["vae plain", "vae send"],
-            [
-                (
-                    f"-m study.judge latents {out}/vae_plain {out}/vae_send --data {args.data} "
-                    f"--out {out}/latents.png",
-                    f"{out}/latents.png",
-                )
-            ],
-        )
+        jobs["latents"] = latents_job(args)
     return jobs
 
 
-def run_job(name, commands, threads, out):
-    """Runs a job's commands that have not been done -> whether all went well."""
-    for command, product in commands:
-        if os.path.exists(product):
+def teacher_weights(args):
+    """The flag that names the vision model's weights, with a space before it, or nothing."""
+    if not args.vfm_weights:
+        return ""
+    return f" --vfm-weights {args.vfm_weights}"
+
+
+def judge_flags(args):
+    return (
+        f"{TEACHER}{teacher_weights(args)} --data {args.data} --classifier {args.out}/classifier.pt"
+    )
+
+
+def classifier_job(args):
+    path = f"{args.out}/classifier.pt"
+    return Job([], [Command(f"-m study.judge classifier --data {args.data} --out {path}", path)])
+
+
+def add_vaes(jobs, args, recipes):
+    """Adds the training of VAEs {name: Recipe or None}, and that of the bases that they start
+    from."""
+    for vae, recipe in recipes.items():
+        if recipe is None:
             continue
-        with open(f"{out}/log/{name.replace(' ', '_')}.txt", "a") as log:
-            log.write(f"$ python {command}\n")
-            log.flush()
-            code = subprocess.run(
-                [sys.executable, *shlex.split(command)],
-                stdout=log,
-                stderr=log,
-                env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
-            ).returncode
-        if code:
-            say(f"failed    {name}: see {log.name}")
+        base = recipe.init
+        if base is not None and f"vae {base}" not in jobs:
+            flags = f"{BASES[base]} --align none"
+            steps = args.size.base_steps
+            jobs[f"vae {base}"] = vae_job(
+                args, base, Recipe(None, flags), steps, SCRATCH_LEARNING_RATE
+            )
+        if "{out}/random.safetensors" in recipe.flags:
+            jobs["random teacher"] = random_teacher_job(args)
+        rate = SCRATCH_LEARNING_RATE if base is None else TUNING_LEARNING_RATE
+        jobs[f"vae {vae}"] = vae_job(args, vae, recipe, training_steps(args, vae, recipe), rate)
+
+
+def training_steps(args, vae, recipe):
+    """Training steps of a VAE that is not a base."""
+    if vae == "plain_short":
+        return int(args.size.tune_steps * SHORT_TUNING_SHARE)
+    if recipe.init is None:
+        return args.size.base_steps + args.size.tune_steps
+    return args.size.tune_steps
+
+
+def vae_job(args, name, recipe, steps, rate):
+    """Training of one VAE. `rate` is the learning rate."""
+    after = []
+    start = ""
+    if recipe.init is not None:
+        after.append(f"vae {recipe.init}")
+        start = f"--init {args.out}/vae_{recipe.init} "
+    flags = recipe.flags.format(out=args.out)
+    if "{out}/random.safetensors" in recipe.flags:
+        after.append("random teacher")
+    elif "--vfm " in flags:
+        flags += teacher_weights(args)
+    data = f"--data {args.data}/train --val {args.data}/test"
+    folder = f"{args.out}/vae_{name}"
+    words = (
+        f"train_vae.py {data} {VAE_TRAINING} {flags} {start}"
+        f"--steps {steps} --lr {rate} --out {folder}"
+    )
+    return Job(after, [Command(words, f"{folder}/checkpoints/{steps:09d}.pt")])
+
+
+def random_teacher_job(args):
+    words = f"-m study.run random {args.out}"
+    return Job([], [Command(words, f"{args.out}/random.safetensors")])
+
+
+def judge_job(args, vae):
+    """Measures of a VAE that need no SiT."""
+    folder = f"{args.out}/vae_{vae}"
+    judged = f"{args.out}/judged/{vae}.json"
+    probe = f"{args.out}/probe_{vae}"
+    shared = f"probe.py --vae {folder} --train-images 10000 --pictures 0 --workers 1"
+    classes = f"--data {args.data} --task classes --task uniformity --task mixture --out {probe}"
+    attributes = f"--data {args.out}/attributes --task attributes --out {probe}_attributes"
+    commands = [
+        Command(f"-m study.judge vae {folder} {judge_flags(args)} --out {judged}", judged),
+        Command(f"{shared} {classes}", f"{probe}/result.json"),
+        Command(f"{shared} {attributes}", f"{probe}_attributes/result.json"),
+    ]
+    return Job([f"vae {vae}", "classifier"], commands)
+
+
+def add_sits(jobs, args, vae, seed):
+    """Adds the SiT of one seed on a VAE. Those of the main pair are judged at every point, and with
+    --repa they also get a SiT with the REPA loss."""
+    main = vae in QUESTIONS["main"]
+    points = args.size.sit_points if main else [args.size.compare_step]
+    jobs[f"sit {vae} {seed}"] = sit_job(args, vae, seed, points, f"vae {vae}", more_sets=main)
+    if args.repa and main:
+        jobs[f"sit {vae}-repa {seed}"] = sit_job(
+            args,
+            vae,
+            seed,
+            [args.size.compare_step],
+            f"vae {vae}",
+            variant="-repa",
+            flags=f"--repa 0.5 --repa-block 4 {TEACHER}{teacher_weights(args)}",
+        )
+
+
+def sit_job(args, vae, seed, points, after, variant="", flags="--repa 0", more_sets=False):
+    """Training of a SiT that is stopped at each of `points` (steps) to draw a set of samples; all
+    sets are judged at the end.
+
+    after: name of the job to wait for. more_sets: at the last point also draw a set with
+    guidance and, to see how much the draw alone changes, a second set without guidance.
+    """
+    name = f"{vae}{variant}_{seed}"
+    folder = f"{args.out}/sit_{name}"
+    training = (
+        f"train_sit.py --data {args.data}/train --vae {args.out}/vae_{vae} {SIT_TRAINING} {flags}"
+    )
+
+    # The sets to draw: (SiT step, suffix of the file's name, flags of sample.py).
+    draws = [(step, "", f"--cfg 1 --seed {seed}") for step in points]
+    if more_sets:
+        draws.append((points[-1], "-guided", f"--cfg 1.5 --interval 0 1 --seed {seed}"))
+        draws.append((points[-1], "-again", f"--cfg 1 --seed {seed + 100}"))
+
+    commands = []
+    sets = []
+    for step, suffix, sampler_flags in draws:
+        path = f"{args.out}/samples/{name}_{step}{suffix}.npz"
+        if suffix == "":
+            # Only the last checkpoints are kept, so it is the set drawn at a step that shows that
+            # the training up to this step is done.
+            words = f"{training} --seed {seed} --steps {step} --out {folder}"
+            commands.append(Command(words, path))
+        words = f"sample.py --sit {folder} {SAMPLER} {sampler_flags} --out {path}"
+        commands.append(Command(words, path))
+        sets.append(path)
+    words = f"-m study.judge samples {' '.join(sets)} {judge_flags(args)}"
+    commands.append(Command(words, sets[-1].replace(".npz", ".json")))
+    return Job([after, "classifier"], commands)
+
+
+def latents_job(args):
+    path = f"{args.out}/latents.png"
+    vaes = f"{args.out}/vae_plain {args.out}/vae_send"
+    words = f"-m study.judge latents {vaes} --data {args.data} --out {path}"
+    return Job(["vae plain", "vae send"], [Command(words, path)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Running them
+
+
+def run_jobs(jobs, jobs_at_once, threads, out):
+    """Runs jobs {name: Job} side by side, always the first whose predecessors have ended well, with
+    `threads` threads each. Returns the names of those that failed or could not be started."""
+    waiting = dict(jobs)
+    names_of_running = {}
+    done = set()
+    with concurrent.futures.ThreadPoolExecutor(jobs_at_once) as pool:
+        while True:
+            ready = [name for name, job in waiting.items() if done.issuperset(job.after)]
+            for name in ready[: jobs_at_once - len(names_of_running)]:
+                job = waiting.pop(name)
+                future = pool.submit(run_job, name, job.commands, threads, out)
+                names_of_running[future] = name
+            if not names_of_running:
+                break
+            finished, _ = concurrent.futures.wait(
+                names_of_running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                name = names_of_running.pop(future)
+                if future.result():
+                    done.add(name)
+    return [name for name in jobs if name not in done]
+
+
+def run_job(name, commands, threads, out):
+    """Runs the commands of a job whose products do not exist yet. Returns whether all went well."""
+    log_path = f"{out}/log/{name.replace(' ', '_')}.txt"
+    for command in commands:
+        if os.path.exists(command.product):
+            continue
+        if run_command(command, threads, log_path) != 0:
+            say(f"failed    {name}: see {log_path}")
             return False
-        if "/checkpoints/" in product and not os.path.exists(
-            product
-        ):  # a run that a signal stopped ends well too
-            say(f"stopped   {name}; the same command goes on")
+        # A run that was stopped by a signal ends well too, but without its last checkpoint.
+        if "/checkpoints/" in command.product and not os.path.exists(command.product):
+            say(f"stopped   {name}; rerun the same command to resume it")
             return False
     say(f"done      {name}")
     return True
 
 
-def run_jobs(jobs, at_once, threads, out):
-    """Runs them side by side, always the first whose predecessors have ended well -> names of those that failed or had to
-    be left out."""
-    waiting, running, good = dict(jobs), {}, set()
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        while True:
-            ready = [name for name, (after, _) in waiting.items() if good.issuperset(after)]
-            for name in ready[: at_once - len(running)]:
-                running[pool.submit(run_job, name, waiting.pop(name)[1], threads, out)] = name
-            if not running:
-                return [name for name in jobs if name not in good]
-            for future in concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            ).done:
-                name = running.pop(future)
-                good |= {name} if future.result() else set()
-
-
-def write_attributes(data, out):
-    """The data set in AwA2's form, with the table above, for probe.py."""
-    folder = f"{out}/attributes"
-    found = sorted(os.listdir(f"{data}/train"))
-    if found != CLASSES:
-        raise UserError(
-            f"{data}/train: the attribute table is of CIFAR-10's classes, these are {', '.join(found[:5])} ..."
+def run_command(command, threads, log_path):
+    """Runs one command with this Python, its output appended to the log. Returns its exit code."""
+    with open(log_path, "a") as log:
+        log.write(f"$ python {command.words}\n")
+        log.flush()
+        finished = subprocess.run(
+            [sys.executable, *shlex.split(command.words)],
+            stdout=log,
+            stderr=log,
+            env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
         )
-    os.makedirs(f"{folder}/JPEGImages", exist_ok=True)
-    for name in CLASSES:
-        link = f"{folder}/JPEGImages/{name}"
-        if not os.path.exists(link):
-            if os.path.islink(link):  # to where the data were when a run began
-                os.remove(link)
-            os.symlink(os.path.abspath(f"{data}/train/{name}"), link)
-    lines = dict(
-        classes=[f"{i + 1}\t{c}" for i, c in enumerate(CLASSES)],
-        predicates=[f"{i + 1}\t{a}" for i, a in enumerate(ATTRIBUTES)],
-    )
-    lines["predicate-matrix-binary"] = [" ".join(row) for row in zip(*ATTRIBUTES.values())]
-    for name, text in lines.items():
-        with writing(f"{folder}/{name}.txt") as file:
-            file.write(("\n".join(text) + "\n").encode())
+    return finished.returncode
 
 
 def write_random_teacher(out):
+    """Writes the vision model with random weights, for a control, to <out>/random.safetensors."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -364,37 +449,44 @@ def write_random_teacher(out):
         save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), file.name)
 
 
-def main():
-    if sys.argv[1:2] == ["random"]:
-        return write_random_teacher(sys.argv[2])
-    args = parse_arguments()
-    if args.paper:
-        return say("\n".join(paper.describe(args.paper)))
-    size = SIZES["quick" if args.quick else "full"]
-    out, results = (
-        ("runs/study-quick", "runs/study-quick/RESULTS.md")
-        if args.quick
-        else ("runs/study", "RESULTS.md")
-    )
-    if args.quick:
-        args.only, args.seeds = ["main"], 1
-    vaes = [v for question in args.only for v in QUESTIONS[question]]
-    if args.report:
-        return report.write(args, out, size, vaes, CLASSES, ATTRIBUTES, results)
-    jobs = plan(args, out, size)
-    if args.list:
-        for name, (_, commands) in jobs.items():
-            say(f"# {name}\n" + "\n".join(f"python {command}" for command, _ in commands))
-        return
-    os.makedirs(f"{out}/log", exist_ok=True)
-    lock(out)
-    write_attributes(args.data, out)
-    failed = run_jobs(jobs, args.jobs, max(1, available_cores() // args.jobs), out)
-    report.write(args, out, size, vaes, CLASSES, ATTRIBUTES, results)
+def print_commands(jobs):
+    for name, job in jobs.items():
+        say(f"# {name}")
+        for command in job.commands:
+            say(f"python {command.words}")
+
+
+def run_study(args):
+    """Runs every job that is not done, then writes the page."""
+    # If matplotlib is missing, the study fails now rather than after hours of training.
+    figures.figure_class()
+    os.makedirs(f"{args.out}/log", exist_ok=True)
+    lock(args.out)
+    write_attributes(args.data, f"{args.out}/attributes")
+    threads = max(1, available_cores() // args.jobs)
+    failed = run_jobs(plan(args), args.jobs, threads, args.out)
+    report.write(args, vaes_of(args.only))
     if failed:
         raise UserError(
-            f"{len(failed)} jobs failed or wait for one that did, the first is {failed[0]}; see {out}/log"
+            f"{len(failed)} jobs failed or depend on one that did, the first is '{failed[0]}'; see "
+            f"{args.out}/log"
         )
+
+
+def main():
+    # Internal: one of the study's own jobs.
+    if sys.argv[1:2] == ["random"]:
+        write_random_teacher(sys.argv[2])
+        return
+    args = parse_arguments()
+    if args.paper:
+        say("\n".join(paper.describe(args.paper)))
+    elif args.report:
+        report.write(args, vaes_of(args.only))
+    elif args.list:
+        print_commands(plan(args))
+    else:
+        run_study(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""study/run.py: its commands parse, its jobs run in order; study/report.py says of runs what stands in their files;
-study/paper.py: its commands parse and build networks that fit; study/judge.py."""
+"""The study: its commands parse and its jobs run in order (study/run.py); the page says what stands
+in the runs' files (study/report.py) and its figures show it (study/figures.py); the paper's
+commands parse and build networks that fit (study/paper.py); the judges measure what they say
+(study/judge.py)."""
 
 import json
 import os
@@ -13,7 +15,7 @@ from conftest import VAE, script
 from PIL import Image
 from scipy import stats
 
-from common.files import write_json, write_weights
+from common.files import UserError, read_weights, write_json, write_weights
 from common.flags import share_batch
 import fid
 import models
@@ -22,7 +24,7 @@ import sample
 import train_sit
 import train_vae
 from probing import benchmarks
-from study import judge, paper, report, run as study
+from study import attributes, figures, judge, paper, report, results, run as study
 
 PARSERS = {
     "train_vae.py": train_vae,
@@ -34,268 +36,294 @@ PARSERS = {
 
 
 def words_of(command):
+    """A command line as a list that starts with the script, or with -m."""
     words = shlex.split(command)
-    words = words[1:] if words[0] == "python" else words
-    return words[2:] if words[0] == "torchrun" else words
+    if words[0] == "python":
+        words = words[1:]
+    if words[0] == "torchrun":
+        words = words[2:]
+    return words
 
 
-def test_every_command_parses():
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+
+def test_every_command_parses_and_follows_the_jobs_it_depends_on():
     args = study.parse_arguments(["--vfm-weights", "w.safetensors", "--repa"])
-    jobs = study.plan(args, "runs/study", study.SIZES["full"])
-    for name, (after, commands) in jobs.items():
-        assert all(
-            list(jobs).index(a) < list(jobs).index(name) for a in after if a in jobs
-        ) and set(after) <= set(jobs), name
-        for command, _ in commands:
-            words = words_of(command)
+    jobs = study.plan(args)
+    names = list(jobs)
+    for name, job in jobs.items():
+        for predecessor in job.after:
+            assert names.index(predecessor) < names.index(name)
+        for command in job.commands:
+            words = words_of(command.words)
             if words[0] in PARSERS:
                 PARSERS[words[0]].parse_arguments(words[1:])
+            elif words[:2] == ["-m", "study.judge"]:
+                judge.parse_arguments(words[2:])
             else:
-                assert words[:2] in (["-m", "study.judge"], ["-m", "study.run"])
-    assert len([name for name in jobs if name.startswith("vae ")]) >= 20
-
-
-def left_by(sets, flags=()):
-    """Writes out/samples/*.json as the judge does, {(VAE, seed, step, suffix): distance}, and each VAE's config.json."""
-    os.makedirs("out/samples", exist_ok=True)
-    for (vae, seed, step, suffix), value in sets.items():
-        write_json(
-            f"out/samples/{vae}_{seed}_{step}{suffix}.json",
-            dict(
-                classifier=value,
-                target=10 * value,
-                told=value / 10,
-                settings=dict(sit_step=step, precision="fp32"),
-            ),
-        )
-    for vae, arguments in dict(flags).items():
-        os.makedirs(f"out/vae_{vae}", exist_ok=True)
-        write_json(
-            f"out/vae_{vae}/config.json",
-            dict(
-                arguments=arguments,
-                provenance=dict(
-                    commit="abcdef0123",
-                    dirty=False,
-                    torch="9.9",
-                    device="a card",
-                    date="2030-01-02 03:04:05",
-                ),
-            ),
-        )
-
-
-def written(quick=False, points=(100, 200, 300), compare=300, vaes=("plain", "send")):
-    os.makedirs("docs", exist_ok=True)
-    args, size = (
-        study.parse_arguments(["--quick"] if quick else []),
-        dict(base=1, tune=1, points=points, compare=compare),
-    )
-    report.write(args, "out", size, list(vaes), study.CLASSES, study.ATTRIBUTES, "out/R.md")
-    return open("out/R.md").read()
-
-
-# ---- the runner ------------------------------------------------------------------------------------------------------
-
-
-def python_that(words):
-    """A job's command line, run by the same Python."""
-    return f"-c {shlex.quote(words)}"
-
-
-def test_a_job_that_fails_takes_its_followers_with_it_and_no_others(inside):
-    os.makedirs("out/log")
-
-    def writes(name):
-        return python_that(f"open('{name}', 'w')"), name
-
-    fails = python_that("import sys; print('why'); sys.exit(1)"), "second"
-    jobs = {
-        "broken": ([], [writes("first"), fails, writes("third")]),
-        "after broken": (["broken"], [writes("a")]),
-        "after that": (["after broken"], [writes("b")]),
-        "sound": ([], [writes("c")]),
-        "after sound": (["sound"], [writes("d")]),
-    }
-    assert study.run_jobs(jobs, 2, 1, "out") == ["broken", "after broken", "after that"]
-    assert sorted(name for name in os.listdir() if name != "out") == ["c", "d", "first"]
-    assert "why" in open("out/log/broken.txt").read()
-
-
-def test_done_products_are_skipped_and_a_run_that_a_signal_stopped_is_not_done(inside):
-    os.makedirs("out/log"), os.makedirs("out/vae/checkpoints")
-    note = "open('order', 'a').write('{} ')"
-    jobs = {
-        "job": (
-            [],
-            [
-                (python_that(note.format(1)), "there"),
-                (python_that(note.format(2)), "out/vae/checkpoints/5.pt"),
-            ],
-        )
-    }
-    open("there", "w").close()
-    assert (
-        study.run_jobs(jobs, 1, 1, "out") == ["job"] and open("order").read() == "2 "
-    )  # it ended well, without its last step
-    open("out/vae/checkpoints/5.pt", "w").close()
-    assert study.run_jobs(jobs, 1, 1, "out") == [] and open("order").read() == "2 "
-
-
-def test_the_most_urgent_job_that_is_ready_goes_first(inside):
-    os.makedirs("out/log")
-    jobs = {
-        name: (after, [(python_that(f"open('order', 'a').write('{name} ')"), name)])
-        for name, after in dict(late=["early"], early=[], other=[]).items()
-    }
-    assert study.run_jobs(jobs, 1, 1, "out") == [] and open("order").read() == "early late other "
+                assert words[:3] == ["-m", "study.run", "random"]
+    assert len([name for name in names if name.startswith("vae ")]) >= 20
 
 
 def test_breadth_before_depth():
-    """Every VAE has one SiT planned before any VAE outside the main pair gets a second."""
-    names = list(study.plan(study.parse_arguments([]), "out", study.SIZES["full"]))
-    vaes = [v for q in study.QUESTIONS.values() for v in q]
+    """Every VAE has one SiT before any VAE outside the main pair gets a second one."""
+    names = list(study.plan(study.parse_arguments([])))
     second = names.index("sit plain_s1 1")
-    assert all(names.index(f"sit {v} 0") < second for v in vaes) and names.index(
-        "sit send 2"
-    ) < names.index("sit plain_s1 0")
-    quick = study.parse_arguments(["--quick"])
-    quick.only, quick.seeds = ["main"], 1
-    assert {
-        n for n in study.plan(quick, "out", study.SIZES["quick"]) if n.startswith(("vae", "sit"))
-    } == {"vae base", "vae plain", "vae send", "sit plain 0", "sit send 0"}
+    for vae in study.vaes_of(study.QUESTIONS):
+        assert names.index(f"sit {vae} 0") < second
+    assert names.index("sit send 2") < names.index("sit plain_s1 0")
 
 
-# ---- the paper's runs ------------------------------------------------------------------------------------------------
+def test_the_quick_study_trains_the_main_pair_only():
+    jobs = study.plan(study.parse_arguments(["--quick"]))
+    trained = {name for name in jobs if name.startswith(("vae", "sit"))}
+    assert trained == {"vae base", "vae plain", "vae send", "sit plain 0", "sit send 0"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Running jobs
+
+
+def python(code, product):
+    """A Command that runs a line of Python."""
+    return study.Command(f"-c {shlex.quote(code)}", product)
+
+
+def writes(name):
+    """A Command that writes the file `name`."""
+    return python(f"open('{name}', 'w')", name)
+
+
+def notes(word, product):
+    """A Command that appends a word to the file `order`, and does not write its product."""
+    return python(f"open('order', 'a').write('{word} ')", product)
+
+
+@pytest.fixture
+def logs(inside):
+    """An empty current folder with the folder of the jobs' logs."""
+    os.makedirs("out/log")
+
+
+def test_a_job_that_fails_stops_those_that_depend_on_it_and_no_others(logs):
+    fails = python("import sys; print('why'); sys.exit(1)", "second")
+    jobs = {
+        "broken": study.Job([], [writes("first"), fails, writes("third")]),
+        "after broken": study.Job(["broken"], [writes("a")]),
+        "after that": study.Job(["after broken"], [writes("b")]),
+        "sound": study.Job([], [writes("c")]),
+        "after sound": study.Job(["sound"], [writes("d")]),
+    }
+    assert study.run_jobs(jobs, 2, 1, "out") == ["broken", "after broken", "after that"]
+    assert sorted(name for name in os.listdir() if name != "out") == ["c", "d", "first"]
+    with open("out/log/broken.txt") as log:
+        assert "why" in log.read()
+
+
+def test_done_products_are_skipped_and_a_run_that_a_signal_stopped_is_not_done(logs):
+    os.makedirs("out/vae/checkpoints")
+    checkpoint = "out/vae/checkpoints/5.pt"
+    jobs = {"job": study.Job([], [notes("1", "there"), notes("2", checkpoint)])}
+
+    # The first command is done. The second ends well, but without its last checkpoint.
+    open("there", "w").close()
+    assert study.run_jobs(jobs, 1, 1, "out") == ["job"]
+    with open("order") as file:
+        assert file.read() == "2 "
+
+    open(checkpoint, "w").close()
+    assert study.run_jobs(jobs, 1, 1, "out") == []
+    with open("order") as file:
+        assert file.read() == "2 "
+
+
+def test_the_most_urgent_job_that_is_ready_goes_first(logs):
+    jobs = {
+        "late": study.Job(["early"], [notes("late", "late")]),
+        "early": study.Job([], [notes("early", "early")]),
+        "other": study.Job([], [notes("other", "other")]),
+    }
+    assert study.run_jobs(jobs, 1, 1, "out") == []
+    with open("order") as file:
+        assert file.read() == "early late other "
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's runs
 
 
 @pytest.mark.parametrize("table", paper.TABLES)
-def test_the_papers_commands_parse(table):
-    for row, expected, vaes, flags in paper.TABLES[table]:
-        assert float(expected.strip("r = ").split(" ")[0]) > -1
-        for command in paper.commands(table, vaes, flags):
+def test_the_papers_commands_parse_and_have_its_settings(table):
+    for entry in paper.TABLES[table]:
+        first_number = entry.paper_numbers.removeprefix("r = ").split(" ")[0]
+        assert float(first_number) > -1
+        for command in paper.commands(table, entry):
             words = words_of(command)
             args = PARSERS[words[0]].parse_arguments(words[1:])
             if words[0] == "train_sit.py":
-                assert (
-                    args.repa == 0.5
-                    and args.batch_size == 256
-                    and args.epochs == (800 if "800" in row else 80)
-                )
+                assert args.repa == 0.5
+                assert args.batch_size == 256
+                assert args.epochs == (800 if "800" in entry.title else 80)
             if words[0] == "train_vae.py" and args.align == "mapper":
-                assert (args.epochs, args.batch_size, args.lr, args.align_weight) == (
-                    80,
-                    1024,
-                    3e-4,
-                    1.0,
-                )
+                assert args.epochs == 80
+                assert args.batch_size == 1024
+                assert args.lr == 3e-4
+                assert args.align_weight == 1.0
                 share_batch(args.batch_size // 8, args.accum)
 
 
 @pytest.mark.parametrize("name", paper.VAES)
 def test_the_papers_networks_fit_each_other(name):
-    """On the meta device, every vision model in the form that timm has under its name: the mapper's tokens are as many and as
-    wide as the vision model's, so are the SiT's, and its velocity has the latents' shape."""
-    with torch.device("meta"):
-        args, vae, vfm, mapper = paper.make_vae(name)
-        x = torch.zeros(2, 3, args.resolution, args.resolution)
-        z = vae.encode(x)[0]
-        assert vae.decode(z).shape == x.shape
-        if mapper is not None:
-            assert mapper(z, torch.zeros(2), z).shape == vfm(x).shape
-        _, sit, vfm = paper.make_sit(vae, "--size B")
-        v, tokens = sit(z, torch.zeros(2), torch.zeros(2, dtype=torch.long), tokens=True)
-        assert v.shape == z.shape and tokens.shape == vfm(x).shape == (
-            2,
-            256 if args.resolution == 256 else 1024,
-            768,
-        )
-        assert sit.patch == (2 if vae.factor == 8 else 1)
+    """On the meta device, with every vision model as timm builds it under its name: the mapper's
+    tokens are as many and as wide as the vision model's, so are the SiT's, and its velocity has the
+    latents' shape."""
+    args, networks = paper.make_vae(name)
+    vae = networks.net.vae
+    mapper = networks.net.mapper
+    x = torch.zeros(2, 3, args.resolution, args.resolution, device="meta")
+    t = torch.zeros(2, device="meta")
+    labels = torch.zeros(2, dtype=torch.long, device="meta")
+    z = vae.encode(x)[0]
+    assert vae.decode(z).shape == x.shape
+    if mapper is not None:
+        assert mapper(z, t, z).shape == networks.vfm(x).shape
+    _, networks = paper.make_sit(vae, "--size B")
+    v, tokens = networks.net(z, t, labels, tokens=True)
+    assert v.shape == z.shape
+    assert tokens.shape == networks.vfm(x).shape
+    assert tokens.shape == (2, 256 if args.resolution == 256 else 1024, 768)
+    assert networks.net.patch == (2 if vae.factor == 8 else 1)
 
 
 def test_hours_are_those_of_the_published_operation_counts():
-    """SiT-XL/2 on 32x32 latents is DiT-XL/2's network: 118.6 GFLOP a forward by the DiT paper, which counts a multiplication with
-    its addition once. DINOv2-B has 257 tokens, in each of 12 blocks 12 products of 768 x 768 a token and two of attention."""
-    with torch.device("meta"):
-        _, vae, *_ = paper.make_vae("sdvae-as-is")
-        args, sit, vfm = paper.make_sit(vae, "--size XL --epochs 80")
-        z = torch.zeros(1, 4, 32, 32)
-        once = paper.forward(sit, z, torch.zeros(1), torch.zeros(1, dtype=torch.long)) / 2
-        seen = paper.forward(vfm, torch.zeros(1, 3, 256, 256)) / 2
-        step = paper.operations(lambda: paper.sit_step(vae, sit, vfm)) / 2
-    assert once == pytest.approx(118.6e9, rel=0.01) and seen == pytest.approx(
-        12 * 257 * 768 * (12 * 768 + 2 * 257), rel=0.01
-    )
-    assert step == pytest.approx(3 * once + seen, rel=0.05)  # and the projector, 3% of a forward
-    spent = paper.hours("system", "sdvae-as-is", "--size XL --epochs 80")
+    """SiT-XL/2 on 32 x 32 latents is DiT-XL/2's network: 118.6 GFLOP for a forward pass by the DiT
+    paper, which counts a multiplication with its addition once. DINOv2-B has 257 tokens and in each
+    of its 12 blocks 12 products of 768 x 768 per token and two of attention."""
+    _, networks = paper.make_vae("sdvae-as-is")
+    vae = networks.net.vae
+    args, networks = paper.make_sit(vae, "--size XL --epochs 80")
+    t = torch.zeros(1, device="meta")
+    z = paper.empty_latents(vae)
+    assert z.shape == (1, 4, 32, 32)
+    forward = paper.forward_operations(networks.net, z, t, paper.empty_labels()) / 2
+    vision = paper.forward_operations(networks.vfm, paper.empty_images(vae)) / 2
+    step = paper.operations(paper.sit_step, networks, args) / 2
+    assert forward == pytest.approx(118.6e9, rel=0.01)
+    assert vision == pytest.approx(12 * 257 * 768 * (12 * 768 + 2 * 257), rel=0.01)
+    # The projector, 3% of a forward pass, comes on top.
+    assert step == pytest.approx(3 * forward + vision, rel=0.05)
+    entry = paper.Entry("", "", "sdvae-as-is", "--size XL --epochs 80")
+    spent = paper.hours("system", entry)
     assert spent["SiT"] == pytest.approx(2 * step * 80 * 1281167 / (0.4 * 989e12) / 3600)
 
 
 def test_paper_prints_what_to_download_and_that_hours_are_computed():
     text = "\n".join(paper.describe("probe"))
-    assert (
-        "computed" in text
-        and "not measured" in text
-        and "CelebA" in text
-        and "REPA-E/invae" in text
-        and ".1385" in text
-    )
-    assert "VIRTUAL" not in text and "VIRTUAL_imagenet512.npz" in "\n".join(paper.downloads("init"))
+    for word in ("computed", "not measured", "CelebA", "REPA-E/invae", ".1385"):
+        assert word in text
+    assert "VIRTUAL" not in text
+    assert "VIRTUAL_imagenet512.npz" in "\n".join(paper.downloads("init"))
 
 
-# ---- data and report -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Data and the page
 
 
 def test_attributes_are_in_awa2s_form(tmp_path):
-    for name in study.CLASSES:
+    for name in attributes.CLASSES:
         os.makedirs(tmp_path / "train" / name)
         for i in range(10):
             (tmp_path / "train" / name / f"{i}.png").write_bytes(b"x")
-    os.makedirs(tmp_path / "out" / "attributes" / "JPEGImages")
-    os.symlink("/moved/away", tmp_path / "out" / "attributes" / "JPEGImages" / "cat")
-    study.write_attributes(str(tmp_path), str(tmp_path / "out"))
-    args = probe.parse_arguments([])
-    bench = benchmarks.read_awa2(str(tmp_path / "out" / "attributes"), args)
-    horse = bench.targets[[n.startswith("horse/") for n in bench.names]][0]
-    assert bench.attributes == list(study.ATTRIBUTES) and {
-        a for a, v in zip(bench.attributes, horse) if v
-    } == {"animal", "four_legs", "hooves", "fur", "carries_people", "larger_than_a_man"}
+    # A link from an earlier run, to data that have been moved since.
+    folder = tmp_path / "attributes"
+    os.makedirs(folder / "JPEGImages")
+    os.symlink("/moved/away", folder / "JPEGImages" / "cat")
+
+    attributes.write_attributes(str(tmp_path), str(folder))
+    bench = benchmarks.read_awa2(str(folder), probe.parse_arguments([]))
+    assert bench.attributes == list(attributes.ATTRIBUTES)
+    horses = bench.targets[[name.startswith("horse/") for name in bench.names]]
+    present = {a for a, value in zip(bench.attributes, horses[0], strict=True) if value}
+    assert present == {
+        "animal",
+        "four_legs",
+        "hooves",
+        "fur",
+        "carries_people",
+        "larger_than_a_man",
+    }
+
+
+def write_runs(sets, arguments=()):
+    """Writes what runs leave in out/.
+
+    sets: {(VAE, SiT seed, SiT step, suffix): distance in the classifier's features}; the other
+    numbers follow from it. arguments: {VAE: flags in its config.json}.
+    """
+    os.makedirs("out/samples", exist_ok=True)
+    for (vae, seed, step, suffix), distance in sets.items():
+        judged = dict(
+            classifier=distance,
+            target=10 * distance,
+            told=distance / 10,
+            settings=dict(sit_step=step, precision="fp32"),
+        )
+        write_json(f"out/samples/{vae}_{seed}_{step}{suffix}.json", judged)
+    provenance = dict(
+        commit="abcdef0123", dirty=False, torch="9.9", device="a card", date="2030-01-02 03:04:05"
+    )
+    for vae, flags in dict(arguments).items():
+        os.makedirs(f"out/vae_{vae}", exist_ok=True)
+        write_json(f"out/vae_{vae}/config.json", dict(arguments=flags, provenance=provenance))
+
+
+def page(quick=False, points=(100, 200, 300), compare=300, vaes=("plain", "send")):
+    """The text of the page about the runs in out/."""
+    os.makedirs("docs", exist_ok=True)
+    args = study.parse_arguments(["--quick"] if quick else [])
+    args.size = study.Size(1, 1, points, compare)
+    args.out = "out"
+    args.results = "out/R.md"
+    report.write(args, list(vaes))
+    with open("out/R.md") as file:
+        return file.read()
 
 
 def test_report_has_means_intervals_and_speed_up(inside):
-    left_by(
-        {
-            (vae, seed, n, ""): 5 - n / 100 + (vae == "plain") + 0.1 * seed
-            for vae in ("plain", "send")
-            for seed in range(3)
-            for n in (100, 200, 300)
-        }
-    )
+    sets = {}
+    for vae, offset in (("plain", 1), ("send", 0)):
+        for seed in range(3):
+            for step in (100, 200, 300):
+                sets[vae, seed, step, ""] = 5 - step / 100 + offset + 0.1 * seed
+    write_runs(sets)
+    # A set under the name of step 300 that was drawn from another step must not count.
     with open("out/samples/send_0_300.json") as file:
         wrong = dict(json.load(file), settings=dict(sit_step=100, precision="fp32"))
-    with open(
-        "out/samples/send_3_300.json", "w"
-    ) as file:  # drawn from another step: must not count
-        json.dump(wrong, file)
-    text = written()
+    write_json("out/samples/send_3_300.json", wrong)
+
+    text = page()
+    # The interval is t(0.975, 2) = 4.303 times the deviation of 0.1 over sqrt(3).
+    assert "| plain | 11.40 | 3.1 ± 0.25 (3) | 31 ± 2.5 (3) |" in text
     assert (
-        "| plain | 11.40 | 3.1 ± 0.25 (3) | 31 ± 2.5 (3) |" in text
-    )  # t(0.975, 2) 4.303 * std 0.1 / sqrt(3)
+        "- Step 300: send 2.1 is 32% lower than plain 3.1 (paper: 34% lower). Difference 1, over "
+        "SiT seeds [0.773, 1.23]. The direction agrees."
+    ) in text
+    # Seed s of send is at plain's last mean, 3.1, at step 190 + 10 s. 300 / (190, 200, 210) are
+    # 1.579, 1.5 and 1.429 times faster.
+    assert "(3.1) at step 200 ± 25 (3), in 3 of 3 SiTs: 1.5 ± 0.19 (3) times faster" in text
     assert (
-        "- Step 300: send 2.1, plain 3.1, 32% lower (paper: 34% lower); difference 1, over SiT seeds [0.773, 1.23]. The direction "
-        "agrees." in text
-    )
-    # seed s of send is at plain's last mean 3.1 at step 190 + 10 s; 300 / (190, 200, 210) are 1.579, 1.5, 1.429 times faster
-    assert "(3.1) at step 200 ± 25 (3), 3 of 3 SiTs: 1.5 ± 0.19 (3) times faster" in text
-    assert (
-        "## 2. Noise injection\n\nNot measured yet. Paper: no_noise 8.42, send 7.57, noise off and on."
-        in text
-    )
-    assert "- 3 SiT seeds: plain, send" in text and Image.open("docs/study.png").size == (720, 400)
+        "## 2. Noise injection\n\n"
+        "Not measured yet. Paper: no_noise 8.42, send 7.57; noise injection off and on."
+    ) in text
+    assert "- 3 SiT seeds: plain, send" in text
+    with Image.open("docs/study.png") as image:
+        assert image.size == (720, 400)
 
 
 def test_no_speed_up_where_the_first_point_is_below_already(inside):
-    left_by(
+    write_runs(
         {
             ("plain", 0, 100, ""): 4.0,
             ("plain", 0, 300, ""): 3.0,
@@ -303,160 +331,221 @@ def test_no_speed_up_where_the_first_point_is_below_already(inside):
             ("send", 0, 300, ""): 1.0,
         }
     )
-    assert (
-        "No speed-up can be given: of 1 SiTs on `send`, 1 are at `plain`'s distance of step 300"
-        in written(points=(100, 300))
+    expected = (
+        "No speed-up can be given: of 1 SiTs on `send`, 1 are at or below `plain`'s distance of "
+        "step 300"
     )
-
-
-@pytest.mark.parametrize(
-    "low,high,expected",
-    [(0, 21, [0, 5, 10, 15, 20]), (0.39, 0.57, [0.4, 0.45, 0.5, 0.55]), (-3, 3, range(-3, 4))],
-)
-def test_axes_have_round_numbers(low, high, expected):
-    assert report.ticks(low, high) == pytest.approx(list(expected))
+    assert expected in page(points=(100, 300))
 
 
 def test_quick_report_has_section_1_and_costs_only(inside):
-    left_by(
-        {
-            (vae, 0, n, s): 3.0
-            for vae in ("plain", "send")
-            for n in (100, 300)
-            for s in ("", "-guided", "-again")
-        }
-    )
-    text = written(quick=True, points=(100, 300))
+    sets = {}
+    for vae in ("plain", "send"):
+        for step in (100, 300):
+            for suffix in ("", "-guided", "-again"):
+                sets[vae, 0, step, suffix] = 3.0
+    write_runs(sets)
+    text = page(quick=True, points=(100, 300))
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## 1. Alignment against none", "## 9. What does it cost?"]
-    assert os.path.exists("out/study.png") and not os.listdir("docs")
-    assert "The direction does not agree, but with one seed there is no interval." in text
+    assert titles == ["## 1. With and without alignment", "## 9. What does alignment cost?"]
+    assert os.path.exists("out/study.png")
+    assert not os.listdir("docs")
+    assert "The direction does not agree, but one seed gives no interval." in text
 
 
 def test_report_counts_draw_sit_seeds_and_vae_seeds_separately(inside):
-    """Draws 0.2 apart have a deviation of 0.2 / sqrt(2); SiT seeds at 4.0, 4.2, 4.4 of 0.2; VAE seeds with means 4.2, 4.6, 5.0 of
-    0.4. The interval over VAE seeds is Welch's, that of a control with one run t(0.975, 4) sqrt(2) times the spread of runs."""
+    """Draws 0.2 apart have a deviation of 0.2 / sqrt(2); SiT seeds at 4.0, 4.2 and 4.4 one of 0.2;
+    VAE seeds with means 4.2, 4.6 and 5.0 one of 0.4. The interval over VAE seeds is Welch's, that
+    of a control with one run is t(0.975, 4) sqrt(2) times the spread of runs."""
     sets = {}
     for vae, base in (("plain", 4.0), ("send", 2.0)):
         for k, name in enumerate((vae, f"{vae}_s1", f"{vae}_s2")):
-            sets.update({(name, seed, 100, ""): base + 0.4 * k + 0.2 * seed for seed in range(3)})
+            for seed in range(3):
+                sets[name, seed, 100, ""] = base + 0.4 * k + 0.2 * seed
         for seed in range(3):
-            sets.update(
-                {
-                    (vae, seed, 300, ""): 1.0 + 0.1 * seed,
-                    (vae, seed, 300, "-again"): 1.2 + 0.1 * seed,
-                }
-            )
+            sets[vae, seed, 300, ""] = 1.0 + 0.1 * seed
+            sets[vae, seed, 300, "-again"] = 1.2 + 0.1 * seed
     sets["shuffled", 0, 100, ""] = 3.0
-    left_by(sets)
-    names = ["plain", "send", "plain_s1", "send_s1", "plain_s2", "send_s2", "shuffled", "base"]
-    text = written(points=(100, 300), compare=100, vaes=names)
+    write_runs(sets)
+    vaes = ["plain", "send", "plain_s1", "send_s1", "plain_s2", "send_s2", "shuffled", "base"]
+    text = page(points=(100, 300), compare=100, vaes=vaes)
+
     assert "| the draw of 1,000 samples | 300 | 0.14 (3 pairs) | 0.14 (3 pairs) |" in text
-    assert (
-        "| seed of the SiT | 300 | 0.1 (3) | 0.1 (3) |" in text
-        and "| seed of the SiT | 100 | 0.2 (3) | 0.2 (3) |" in text
-    )
+    assert "| seed of the SiT | 300 | 0.1 (3) | 0.1 (3) |" in text
+    assert "| seed of the SiT | 100 | 0.2 (3) | 0.2 (3) |" in text
     assert "| seed of the VAE's tuning, one SiT each | 100 | 0.4 (3) | 0.4 (3) |" in text
     assert "mean of its SiTs: plain 4.6 ± 0.99 (3), send 2.6 ± 0.99 (3)" in text
-    half = (
-        stats.t.ppf(0.975, 4) * 0.4 * (2 / 3) ** 0.5
-    )  # equal spreads and sizes: Welch's is Student's
+
+    # With equal spreads and sizes, Welch's interval is Student's.
+    half = stats.t.ppf(0.975, 4) * 0.4 * (2 / 3) ** 0.5
     assert (
         f"over VAE seeds (3 and 3) 2 [{2 - half:.3g}, {2 + half:.3g}]. The direction agrees."
-        in text
-    )
-    half = stats.t.ppf(0.975, 4) * 0.4 * 2**0.5  # 3.0 against the mean 2.2 of send's SiTs
+    ) in text
+    # 3.0 against 2.2, the mean of send's SiTs.
+    half = stats.t.ppf(0.975, 4) * 0.4 * 2**0.5
     assert (
-        f"difference 0.8; by the spread of VAE seeds [{0.8 - half:.3g}, {0.8 + half:.3g}]. The direction is open"
-        in text
-    )
-    assert "- send against base, step 100: not measured yet." in text and "- missing: base" in text
+        f"Difference 0.8; from the spread over VAE seeds [{0.8 - half:.3g}, {0.8 + half:.3g}]. The "
+        "direction is undecided"
+    ) in text
+    assert "- send against base at step 100: not measured yet." in text
+    assert "- missing: base" in text
 
 
 def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
-    plain, mapper = (
-        dict(align="none"),
-        dict(align="mapper", shuffle_targets=False, vfm_weights="net.safetensors"),
-    )
-    left_by(
-        {},
-        dict(
-            plain=plain,
-            send=mapper,
-            shuffled=dict(mapper, shuffle_targets=True),
-            random_teacher=dict(mapper, vfm_weights="runs/study/random.safetensors"),
-        ),
-    )
-    results = report.Results("out", (300,), 300)
-    assert [results.kind(v) for v in ("plain", "send", "shuffled", "random_teacher")] == [
-        "none",
-        "aligned",
-        "control",
-        "control",
-    ]
+    mapper = dict(align="mapper", shuffle_targets=False, vfm_weights="net.safetensors")
+    flags = {
+        "plain": dict(align="none"),
+        "send": mapper,
+        "shuffled": dict(mapper, shuffle_targets=True),
+        "random_teacher": dict(mapper, vfm_weights="runs/study/random.safetensors"),
+    }
+    write_runs({}, flags)
+    found = results.Results("out", (300,), 300)
+    kinds = {vae: found.kind(vae) for vae in flags}
+    assert kinds == {
+        "plain": "none",
+        "send": "aligned",
+        "shuffled": "control",
+        "random_teacher": "control",
+    }
     assert (
-        "4 training runs, 2030-01-02 to 2030-01-02, on: a card a process; torch 9.9; no samples yet; commits abcdef0."
-        in written()
-    )
+        "4 training runs, 2030-01-02 to 2030-01-02. Device of a process: a card; torch 9.9; "
+        "precision: no samples yet; commits abcdef0."
+    ) in page()
 
 
-def test_report_correlates_measures_with_distances(inside):
-    """Six VAEs whose distance falls with the probe exactly and whose PSNR has one pair of ranks exchanged; three are aligned, which
-    is too few for their own columns."""
+@pytest.fixture
+def six_vaes(inside):
+    """Writes runs of six VAEs and returns their names. The distance falls with the class probe
+    exactly; of the ranks of PSNR, one pair is exchanged. Three are aligned, which is too few for
+    columns of their own."""
     vaes = ["plain", "send", "plain_s1", "send_s1", "plain_s2", "send_s2"]
-    flags = {v: dict(align="none" if "plain" in v else "mapper") for v in vaes}
-    left_by({(v, 0, 300, ""): 10.0 - k for k, v in enumerate(vaes)}, flags)
-    os.makedirs("out/judged")
-    for k, v in enumerate(vaes):
-        os.makedirs(f"out/probe_{v}")
-        accuracy = {f"out/vae_{v}": [0.4 + 0.02 * k, 0.3, 0.6], "1024 pixels": [0.394, 0.38, 0.41]}
-        write_json(
-            f"out/probe_{v}/result.json", dict(results=dict(classes=dict(accuracy=accuracy)))
-        )
-        write_json(f"out/judged/{v}.json", dict(psnr=30.0 + [0, 1, 2, 3, 5, 4][k], ssim=0.9))
-    text = written(vaes=vaes)
+    flags = {vae: dict(align="none" if "plain" in vae else "mapper") for vae in vaes}
+    write_runs({(vae, 0, 300, ""): 10.0 - k for k, vae in enumerate(vaes)}, flags)
+    for k, vae in enumerate(vaes):
+        accuracy = {
+            f"out/vae_{vae}": [0.4 + 0.02 * k, 0.3, 0.6],
+            "1024 pixels": [0.394, 0.38, 0.41],
+        }
+        result = dict(results=dict(classes=dict(accuracy=accuracy)))
+        write_json(f"out/probe_{vae}/result.json", result)
+        write_json(f"out/judged/{vae}.json", dict(psnr=30.0 + SIX_PSNR[k], ssim=0.9))
+    return vaes
+
+
+SIX_PSNR = [0, 1, 2, 3, 5, 4]
+
+
+def test_report_correlates_measures_with_distances(six_vaes):
+    text = page(vaes=six_vaes)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    perfect = "-1.00 [-1.00, -1.00] (6)"
+    assert f"| {perfect} | {perfect} | not enough (3) | not enough (3) |" in lines["| class probe"]
+    pearson = stats.pearsonr(SIX_PSNR, range(10, 4, -1))[0]
+    assert f"| {pearson:.2f} [" in lines["| PSNR"]
+    assert "| -0.94 [" in lines["| PSNR"]
+    assert "Best ranking of all VAEs (largest |Spearman|): class probe, 1.00." in text
+    assert "Best ranking of aligned" not in text
+    with Image.open("docs/probe.png") as image:
+        assert image.size == (720, 400)
+
+
+def test_report_has_probe_and_costs_of_what_was_measured(six_vaes):
+    text = page(vaes=six_vaes)
     assert "Class probe without a VAE: 1024 pixels 39.4%." in text
-    rows = {line.split(" | ")[0]: line for line in text.splitlines()}
-    assert (
-        "| -1.00 [-1.00, -1.00] (6) | -1.00 [-1.00, -1.00] (6) | not enough (3) | not enough (3) |"
-        in rows["| class probe"]
-    )
-    psnr = [0, 1, 2, 3, 5, 4]
-    assert (
-        f"| {stats.pearsonr(psnr, range(10, 4, -1))[0]:.2f} [" in rows["| PSNR"]
-        and "| -0.94 [" in rows["| PSNR"]
-    )
-    assert (
-        "Ranks all VAEs best (largest |Spearman|): class probe, 1.00." in text
-        and "Ranks aligned" not in text
-    )
-    assert "plain 30.00 dB" not in text  # base is not there, so the three are not compared
-    assert (
-        "Alignment: PSNR" not in text and "| send | 31.00 | 0.900 | - |" in text
-    )  # no rates were logged
-    assert Image.open("docs/probe.png").size == (720, 400)
+    # `base` is not there, so the controls are not compared; no rates were logged.
+    assert "plain 30.00 dB" not in text
+    assert "Alignment: PSNR" not in text
+    assert "| send | 31.00 | 0.900 | - |" in text
 
 
-def test_remarks_stand_in_their_section_and_open_directions_are_named(inside, monkeypatch, capsys):
+def test_remarks_stand_in_their_section_and_undecided_directions_are_named(
+    inside, monkeypatch, capsys
+):
     monkeypatch.setattr(report, "REMARKS", {})
     distances = dict(send=2.0, plain=1.0, shuffled=1.0)
-    left_by({(v, 0, 300, ""): d for v, d in distances.items()}, dict(plain=dict(align="none")))
-    text = written()
-    assert "sections [1, 10], write REMARKS" in capsys.readouterr().out
+    sets = {(vae, 0, 300, ""): distance for vae, distance in distances.items()}
+    write_runs(sets, dict(plain=dict(align="none")))
+    page()
+    assert "sections [1, 10], which have no remark" in capsys.readouterr().out
     monkeypatch.setattr(report, "REMARKS", {1: "Because of this.", "machine": "An abacus."})
-    text = written()
-    assert "sections [10], write REMARKS" in capsys.readouterr().out and "An abacus." in text
+    text = page()
+    assert "sections [10], which have no remark" in capsys.readouterr().out
+    assert "An abacus." in text
     assert text.index("## 1.") < text.index("Because of this.") < text.index("## 2.")
 
 
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that takes every figure that is saved."""
+    found = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: found.append(figure))
+    return found
+
+
+def test_curves_start_at_zero_and_run_through_the_means(drawn):
+    figures.draw_curves("x.png", "title", "steps", {"one": ("navy", {100: [3.0, 5.0], 300: [2.0]})})
+    axes = drawn[0].axes[0]
+    line, *dots = axes.lines
+    assert line.get_xydata().tolist() == [[100, 4], [300, 2]]
+    places = np.concatenate([marks.get_xydata() for marks in dots])
+    assert places.tolist() == [[100, 3], [100, 5], [300, 2]]
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_xticks().tolist() == [100, 300]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one"]
+
+
+def test_names_of_crowded_dots_cover_neither_each_other_nor_a_dot(drawn):
+    crowd = [(0.01 * k, 0.01 * k, f"name_{k}") for k in range(6)]
+    groups = {"crowd": ("navy", crowd), "far": ("firebrick", [(1.0, 1.0, "far")])}
+    figures.draw_scatter("x.png", "title", "x", groups)
+    axes = drawn[0].axes[0]
+    names = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in names] == [*(name for _, _, name in crowd), "far"]
+    boxes = [text.get_window_extent() for text in names]
+    dots = axes.transData.transform([(x, y) for x, y, _ in [*crowd, (1.0, 1.0, "")]])
+    for k, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:k]) == 0
+        assert box.count_contains(dots) == 0
+
+
+def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install -r study/requirements\.txt"):
+        figures.figure_class()
+
+
+def test_pictures_are_stacked_only_if_all_are_there(inside):
+    Image.new("RGB", (30, 10), "red").save("a.png")
+    assert not figures.stack_pictures(["a.png", "b.png"], "c.png")
+    assert not os.path.exists("c.png")
+    Image.new("RGB", (20, 10), "blue").save("b.png")
+    assert figures.stack_pictures(["a.png", "b.png"], "c.png")
+    with Image.open("c.png") as image:
+        assert image.width == 30
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+        assert image.getpixel((0, 26)) == (0, 0, 255)
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges
+
+
 def test_latents_of_two_classes_lie_apart_on_the_first_axis():
-    """Points along one direction with a little noise: the first axis has their variance and orders them."""
+    """Points along one direction with a little noise: the first axis has their variance and orders
+    them."""
     t = torch.linspace(-1, 1, 50).double()
-    x = t[:, None] * torch.tensor([3.0, 4.0, 0.0]) + 1e-3 * torch.sin(torch.arange(150.0)).view(
-        50, 3
-    )
-    places, share = judge.principal_plane(x)
-    assert share[0] > 0.999 and share.sum() <= 1 + 1e-9 and places.shape == (50, 2)
+    noise = 1e-3 * torch.sin(torch.arange(150.0)).view(50, 3)
+    x = t[:, None] * torch.tensor([3.0, 4.0, 0.0]) + noise
+    places, shares = judge.principal_plane(x)
+    assert shares[0] > 0.999
+    assert shares.sum() <= 1 + 1e-9
+    assert places.shape == (50, 2)
     assert torch.allclose(places[:, 0].abs(), 5 * t.abs(), atol=0.01)
 
 
@@ -465,78 +554,54 @@ def test_latents_are_drawn_side_by_side(pictures, inside):
     small = models.VAE("f4d4", 32, 32, [1, 1, 1], 1)
     for name in ("a", "b"):
         write_weights(f"{name}.safetensors", "vae", small.state_dict(), small.config, {})
-    script(
-        judge,
-        "latents",
-        "a.safetensors",
-        "b.safetensors",
-        "--data",
-        ".",
-        "--num",
-        20,
-        "--out",
-        "l.png",
-    )
+    files = ["a.safetensors", "b.safetensors"]
+    script(judge, "latents", *files, "--data", ".", "--num", 20, "--out", "l.png")
     with Image.open("l.png") as image:
-        left, right = (np.asarray(image.crop((640 * i, 0, 640 * i + 640, 560))) for i in (0, 1))
-    colours = {tuple(c) for c in left.reshape(-1, 3)}
-    assert (
-        left.shape == right.shape and (204, 0, 0) in colours and (0, 204, 204) in colours
-    )  # a class each
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape == (560, 1280, 3)
+    # Each panel has dots of both classes.
+    for panel in (pixels[:, :600], pixels[:, 600:1150]):
+        colours = {tuple(colour) for colour in panel.reshape(-1, 3).tolist()}
+        assert (204, 0, 0) in colours
+        assert (0, 204, 204) in colours
 
 
 def test_noise_of_one_level(pictures, vfm_weights, inside):
-    """--noise-kind constant is a run of its own: after one step the mapper's loss is that of t = 0.5, not of t uniform."""
+    """--noise-kind constant changes the run: after one step the mapper's loss is that of t = 0.5
+    and not that of uniform t."""
     losses = {}
     for kind in ("flow", "constant"):
-        script(
-            train_vae,
-            *VAE,
-            "--data",
-            pictures,
-            "--vfm-weights",
-            vfm_weights,
-            "--gan",
-            0,
-            "--steps",
-            1,
-            "--noise-kind",
-            kind,
-            "--out",
-            kind,
-        )
+        flags = ["--data", pictures, "--vfm-weights", vfm_weights, "--gan", 0, "--steps", 1]
+        script(train_vae, *VAE, *flags, "--noise-kind", kind, "--out", kind)
         with open(f"{kind}/metrics.jsonl") as file:
             losses[kind] = json.loads(file.readline())["align"]
     assert losses["flow"] != losses["constant"]
-    assert train_vae.mapper_times(0, torch.arange(4), "constant").tolist() == [0.5] * 4
+    args = train_vae.parse_arguments(["--noise-kind", "constant"])
+    _, t, _ = train_vae.draw_noise((4, 2, 2), torch.arange(4), 0, args)
+    assert t.tolist() == [0.5] * 4
 
 
-def test_classifier_and_distances(tmp_path, monkeypatch):
-    """Two classes that differ in brightness are learned, and a set's distance from itself is nothing, from another much."""
+def test_the_classifier_learns_two_classes_that_differ_in_brightness(inside):
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         for label, name in enumerate("ab"):
-            os.makedirs(tmp_path / part / name)
+            os.makedirs(f"{part}/{name}")
             for i in range(200):
                 pixels = rng.integers(128 * label, 128 + 128 * label, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["judge", "classifier", "--data", ".", "--out", "c.pt", "--size", "16", "--workers", "0"],
-    )
-    judge.main()
+                Image.fromarray(pixels).save(f"{part}/{name}/{i}.png")
+    words = "classifier --data . --out c.pt --size 16 --workers 0"
+    script(judge, *words.split())
+    assert read_weights("c.pt")[0]["accuracy"] > 0.9
     net = judge.load_classifier("c.pt")
-    assert judge.read_weights("c.pt")[0]["accuracy"] > 0.9
-    x = np.stack([np.asarray(Image.open(f"test/a/{i}.png")) for i in range(200)])
-    np.savez("a.npz", arr_0=x, labels=np.zeros(200, np.int64))
-    pictures = judge.fid.Pictures("a.npz")
-    found = [net(images)[1] for _, images in pictures.batches(torch.device("cpu"), 0)]
-    a = torch.cat(found).detach()
+    test = fid.Pictures("test", size=16)
+    assert judge.accuracy(net, test) == pytest.approx(read_weights("c.pt")[0]["accuracy"].item())
+
+
+def test_the_distance_of_a_set_from_itself_is_nothing_and_of_a_shifted_one_the_shift():
+    """128 features that are all larger by 1 have a squared distance of 128."""
+    features = torch.randn(200, 128, generator=torch.Generator().manual_seed(0))
     stub = judge.Judge.__new__(judge.Judge)
-    stub.real = dict(classifier=a, target=a)
-    assert stub.distances(dict(classifier=a, target=a))["classifier"] < 1e-6
-    assert stub.distances(dict(classifier=a + 1, target=a))["classifier"] == pytest.approx(
-        128, rel=1e-4
-    )
+    stub.real = dict(classifier=features, target=features)
+    assert stub.distances(stub.real)["classifier"] < 1e-6
+    moved = dict(classifier=features + 1, target=features)
+    assert stub.distances(moved)["classifier"] == pytest.approx(128, rel=1e-4)

@@ -1,0 +1,160 @@
+"""The study's figures, drawn with matplotlib (study/requirements.txt)."""
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from common.files import UserError, writing
+
+DOTS_PER_INCH = 100
+LATENT_PANEL_INCHES = (6.4, 5.6)
+
+
+def figure_class():
+    """matplotlib's Figure. It is imported here, so that only what draws needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "The study's figures are drawn with matplotlib, which is not installed; install it "
+            "with `pip install -r study/requirements.txt`"
+        ) from None
+    return Figure
+
+
+def new_chart(title, x_label):
+    """A figure of 720 x 400 pixels with one pair of axes: (figure, axes)."""
+    figure = figure_class()(figsize=(7.2, 4.0), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y", color="lightgrey")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure, path):
+    # Without the version of matplotlib in it, the same numbers give the same file.
+    with writing(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def draw_curves(path, title, x_label, curves):
+    """Draws a line through the means and a dot for every value. Both axes start at 0.
+
+    curves: {label: (colour, {x: list of values})}
+    """
+    figure, axes = new_chart(title, x_label)
+    positions = set()
+    for label, (colour, values) in curves.items():
+        means = [np.mean(values[x]) for x in values]
+        axes.plot(list(values), means, color=colour, linewidth=2, label=label)
+        for x in values:
+            heights = values[x]
+            axes.plot(
+                [x] * len(heights), heights, "o", color=colour, fillstyle="none", markersize=5
+            )
+        positions.update(values)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted(positions))
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_scatter(path, title, x_label, groups):
+    """Draws a named dot for every point.
+
+    groups: {label: (colour, list of (x, y, name))}
+    """
+    figure, axes = new_chart(title, x_label)
+    for label, (colour, points) in groups.items():
+        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], 14, colour, label=label)
+    axes.margins(x=0.08, y=0.08)
+    axes.legend(frameon=False)
+    add_names(figure, axes, groups)
+    save(figure, path)
+
+
+# Where the left end of a name may stand relative to its dot, in pixels, the nearest place first.
+NAME_OFFSETS = [(dx, dy) for dx in range(-110, 71, 6) for dy in range(-75, 76, 5)]
+NAME_OFFSETS.sort(key=lambda offset: np.hypot(offset[0] - 8, offset[1] + 5))
+
+
+def add_names(figure, axes, groups):
+    """Writes the name of every point of draw_scatter's `groups` at the nearest place where it
+    covers no other name and no dot; away from its dot a thin line joins them."""
+    # The layout is fixed first: names are placed by their pixels, which a later layout would move.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    points = [(x, y, name, colour) for colour, found in groups.values() for x, y, name in found]
+    dots = axes.transData.transform([point[:2] for point in points])
+    taken = [axes.get_legend().get_window_extent()]
+    for (x, y, name, colour), dot in zip(points, dots, strict=True):
+        text = axes.annotate(name, dot, xycoords="figure pixels", fontsize=8, color=colour)
+        box = text.get_window_extent().padded(3)
+        offset = next(
+            (o for o in NAME_OFFSETS if is_free(box.translated(*o), taken, dots, axes.bbox)),
+            NAME_OFFSETS[0],
+        )
+        place = dot + offset
+        text.set_position(place)
+        taken.append(box.translated(*offset))
+        if np.hypot(*offset) > 14:
+            line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+            axes.annotate("", (x, y), place, textcoords="figure pixels", arrowprops=line, zorder=0)
+
+
+def is_free(box, taken, dots, canvas):
+    """Whether a box lies inside the canvas and covers none of the boxes `taken` and no dot (n,2),
+    all in pixels."""
+    inside = canvas.x0 <= box.x0 and box.x1 <= canvas.x1
+    inside = inside and canvas.y0 <= box.y0 and box.y1 <= canvas.y1
+    return inside and not box.count_overlaps(taken) and not box.count_contains(dots)
+
+
+def draw_latents(path, panels, classes):
+    """Draws a panel for each VAE with a dot for each picture, one colour per class.
+
+    panels: list of (title, places (n,2), labels (n,), shares of the variance of the two axes (2,))
+    classes: list of the classes' names
+    """
+    from matplotlib.colors import hsv_to_rgb
+
+    width, height = LATENT_PANEL_INCHES
+    figure = figure_class()(
+        figsize=(width * len(panels), height), dpi=DOTS_PER_INCH, layout="constrained"
+    )
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, places, labels, shares) in zip(all_axes, panels, strict=True):
+        for number, name in enumerate(classes):
+            chosen = places[labels == number]
+            colour = hsv_to_rgb((number / len(classes), 1, 0.8))
+            axes.scatter(chosen[:, 0], chosen[:, 1], 10, [colour], label=name, linewidths=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(f"first principal component, {shares[0]:.1%} of the variance")
+        axes.set_ylabel(f"second principal component, {shares[1]:.1%}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+def stack_pictures(paths, path):
+    """Writes the pictures at `paths`, one above the other, to `path`. Returns whether all were
+    there; if one is missing, nothing is written."""
+    if not all(os.path.exists(p) for p in paths):
+        return False
+    gap = 16
+    pictures = [Image.open(p) for p in paths]
+    width = max(picture.width for picture in pictures)
+    height = sum(picture.height + gap for picture in pictures)
+    canvas = Image.new("RGB", (width, height), "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height + gap
+    with writing(path) as file:
+        canvas.save(file, "PNG")
+    return True

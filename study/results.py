@@ -1,0 +1,173 @@
+"""What the study's runs left in their folder, read for the report."""
+
+import json
+import os
+
+import numpy as np
+
+MAX_SIT_SEEDS = 20
+
+# Measures of a VAE that probe.py took: name in the report -> (its name in probe.py's result, suffix
+# of the result's folder).
+PROBE_MEASURES = {
+    "class probe": ("accuracy", ""),
+    "attribute F1": ("F1 macro", "_attributes"),
+    "Gini of density": ("Gini of density", ""),
+    "mixture of 8": ("mixture of 8", ""),
+}
+# Measures of a VAE that study/judge.py took: name in the report -> its name in the judge's result.
+JUDGE_MEASURES = {
+    "PSNR": "psnr",
+    "effective rank, channels": "rank_channels",
+    "effective rank, latents": "rank_flat",
+    "neighbour correlation": "neighbour_correlation",
+    "channel std, max / min": "channel_spread",
+}
+MEASURES = (*PROBE_MEASURES, *JUDGE_MEASURES)
+
+
+def read_json(path):
+    """The value in a JSON file, or None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
+class Results:
+    """Reads the results under the folder `out`.
+
+    sit_points: the SiT steps at which sets of samples were drawn; compare_step: the one of them
+    at which all VAEs are compared. A VAE is given by its name in study/run.py; <VAE>-repa stands
+    for the SiTs that were trained on it with the REPA loss.
+    """
+
+    def __init__(self, out, sit_points, compare_step):
+        self.out = out
+        self.sit_points = sit_points
+        self.compare_step = compare_step
+        self.last_step = sit_points[-1]
+
+    # ---- sets of samples -------------------------------------------------------------------------
+
+    def by_sit_seed(self, vae, step=None, key="classifier", suffix=""):
+        """{SiT seed: value} over the sets of samples that were drawn at this SiT step.
+
+        step: default compare_step. key: "classifier" or "target" (Frechet distances in the
+        features of the two networks) or "told" (share of samples that the classifier assigns to
+        their class). suffix: "" for the plain set, "-guided" or "-again".
+        """
+        if step is None:
+            step = self.compare_step
+        values = {}
+        for seed in range(MAX_SIT_SEEDS):
+            judged = read_json(f"{self.out}/samples/{vae}_{seed}_{step}{suffix}.json")
+            # A set that was drawn from a SiT of another step does not count.
+            if judged is not None and judged["settings"]["sit_step"] == step:
+                values[seed] = judged[key]
+        return values
+
+    def values(self, vae, step=None, key="classifier", suffix=""):
+        """The values of by_sit_seed as a list."""
+        return list(self.by_sit_seed(vae, step, key, suffix).values())
+
+    def mean_distance(self, vae, step=None):
+        """Mean distance in the classifier's features over SiT seeds, or None without any."""
+        values = self.values(vae, step)
+        if not values:
+            return None
+        return float(np.mean(values))
+
+    def over_vae_seeds(self, vae, sit_seed=None, step=None):
+        """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the
+        mean over its SiTs. Seeds without such a value are left out."""
+        distances = []
+        for name in (vae, f"{vae}_s1", f"{vae}_s2"):
+            by_seed = self.by_sit_seed(name, step)
+            if sit_seed is None and by_seed:
+                distances.append(float(np.mean(list(by_seed.values()))))
+            elif sit_seed in by_seed:
+                distances.append(by_seed[sit_seed])
+        return distances
+
+    def vae_seed_spread(self, step=None):
+        """How much the distance changes with the VAE's seed: (standard deviation, degrees of
+        freedom).
+
+        Each VAE has one SiT, so this contains the spread over SiT seeds and draws. It is pooled
+        over `plain` and `send`; None if neither has other VAE seeds.
+        """
+        groups = [self.over_vae_seeds(vae, 0, step) for vae in ("plain", "send")]
+        groups = [group for group in groups if len(group) > 1]
+        if not groups:
+            return None
+        degrees = sum(len(group) - 1 for group in groups)
+        squares = sum(np.var(group) * len(group) for group in groups)
+        return float(np.sqrt(squares / degrees)), degrees
+
+    # ---- measures of a VAE -----------------------------------------------------------------------
+
+    def judged(self, vae, key):
+        """A number from study/judge.py, or None."""
+        judged = read_json(f"{self.out}/judged/{vae}.json")
+        if judged is None:
+            return None
+        return judged.get(key)
+
+    def probe(self, vae, measure):
+        """A number from probe.py: [value, low, high], [value] where there is no interval, or
+        None."""
+        name, suffix = PROBE_MEASURES[measure]
+        result = read_json(f"{self.out}/probe_{vae}{suffix}/result.json")
+        if result is None:
+            return None
+        # A result has one benchmark, which may also hold values of pixels and of the majority.
+        benchmark = next(iter(result["results"].values()))
+        for label, value in benchmark.get(name, {}).items():
+            if label.endswith(f"vae_{vae}"):
+                return value
+        return None
+
+    def class_probe_without_vae(self):
+        """{label: accuracy, 0..1} of what probe.py measures beside the VAE, such as a probe of
+        pixels."""
+        result = read_json(f"{self.out}/probe_plain/result.json")
+        if result is None:
+            return {}
+        accuracies = next(iter(result["results"].values()))["accuracy"]
+        return {label: value[0] for label, value in accuracies.items() if "vae_" not in label}
+
+    def measures(self, vae):
+        """{measure of MEASURES: number or None}; none of them needs a SiT."""
+        numbers = {}
+        for measure in PROBE_MEASURES:
+            value = self.probe(vae, measure)
+            numbers[measure] = None if value is None else value[0]
+        for measure, key in JUDGE_MEASURES.items():
+            numbers[measure] = self.judged(vae, key)
+        return numbers
+
+    def pictures_per_second(self, vae):
+        """Training speed: the 90th percentile of a run's log, which other work disturbs least, or
+        None."""
+        path = f"{self.out}/vae_{vae}/metrics.jsonl"
+        if not os.path.exists(path):
+            return None
+        with open(path) as file:
+            rates = [json.loads(line).get("images_per_s") for line in file]
+        rates = [rate for rate in rates if rate]
+        if not rates:
+            return None
+        return np.quantile(rates, 0.9)
+
+    def kind(self, vae):
+        """How a VAE was trained: "none" (no alignment), "control" (aligned to features that carry
+        no meaning) or "aligned"."""
+        config = read_json(f"{self.out}/vae_{vae}/config.json")
+        if config is None or config["arguments"]["align"] == "none":
+            return "none"
+        arguments = config["arguments"]
+        weights = os.path.basename(arguments.get("vfm_weights") or "")
+        if arguments.get("shuffle_targets") or "random" in weights:
+            return "control"
+        return "aligned"
