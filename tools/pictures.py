@@ -1,4 +1,4 @@
-"""Draws the demo's data set: pictures of objects whose attributes can be seen, with a list of them in CelebA's format.
+"""Draws the demo's data set: pictures of objects, with their attributes in CelebA's format.
 
 python -m tools.pictures data/objects
 """
@@ -12,55 +12,31 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from common.files import UserError
+from common.processes import run_main
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures: what can be seen in one, and how it is drawn
+# --------------------------------------------------------------------------------------------------
+# What a picture shows
 
 
 def circle(radius):
+    """-> (49,2), corners of a polygon that passes for a circle."""
     angle = np.linspace(0, 2 * math.pi, 49)
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-def outlines():
-    """Name -> (N,2) corners of the shape when upright: x right, y down, reaching about 1 from the centre."""
-    b = 0.33  # half the width of the cross's bars
-    return {
-        "arrow": np.array(
-            [
-                (-1, -0.3),
-                (0.05, -0.3),
-                (0.05, -0.85),
-                (1.05, 0),
-                (0.05, 0.85),
-                (0.05, 0.3),
-                (-1, 0.3),
-            ]
-        ),
-        "cross": np.array(
-            [
-                (-b, -1),
-                (b, -1),
-                (b, -b),
-                (1, -b),
-                (1, b),
-                (b, b),
-                (b, 1),
-                (-b, 1),
-                (-b, b),
-                (-1, b),
-                (-1, -b),
-                (-b, -b),
-            ]
-        ),
-        "disc": circle(0.95),
-        "ring": circle(1),  # draw_picture makes the hole
-        "square": np.array([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]),
-        "triangle": np.array([(0, -1), (1, 0.75), (-1, 0.75)]),
-    }
-
-
-SHAPES = outlines()
+# Corners (N,2) of each shape when it is upright: x to the right, y down, reaching about 1 from the
+# centre. The ring's hole is cut out in draw_mask.
+ARROW = [(-1, -0.3), (0.05, -0.3), (0.05, -0.85), (1.05, 0), (0.05, 0.85), (0.05, 0.3), (-1, 0.3)]
+CROSS_RIGHT = [(0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1)]
+CROSS_LEFT = [(-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33), (-0.33, -1)]
+SHAPES = {
+    "arrow": np.array(ARROW),
+    "cross": np.array(CROSS_RIGHT + CROSS_LEFT),
+    "disc": circle(0.95),
+    "ring": circle(1),
+    "square": np.array([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]),
+    "triangle": np.array([(0, -1), (1, 0.75), (-1, 0.75)]),
+}
 COLOURS = {
     "Red": (215, 35, 35),
     "Yellow": (240, 200, 20),
@@ -71,130 +47,194 @@ COLOURS = {
 }
 TEXTURES = ["Solid", "Striped"]
 BACKGROUNDS = ["Plain_Background", "Gradient_Background"]
-ATTRIBUTES = (
-    [s.capitalize() for s in SHAPES]
-    + list(COLOURS)
-    + TEXTURES
-    + BACKGROUNDS
-    + ["Large", "Left", "Top", "Tilted"]
-)
+POSES = ["Large", "Left", "Top", "Tilted"]
+ATTRIBUTES = [
+    *(shape.capitalize() for shape in SHAPES),
+    *COLOURS,
+    *TEXTURES,
+    *BACKGROUNDS,
+    *POSES,
+]
+
+# --------------------------------------------------------------------------------------------------
+# Drawing one. Lengths are in pixels of a 32 x 32 picture, whatever the size drawn.
+
+# Masks are drawn this many times too large; averaging their pixels smooths the edges.
+OVERSAMPLING = 4
+
+
+def choose(names, rng):
+    return list(names)[rng.integers(len(names))]
+
+
+def pixel_centres(count):
+    """-> (count,), where the centres of `count` pixels lie along a side of length 32."""
+    return (np.arange(count) + 0.5) * 32 / count
+
+
+def draw_mask(shape, size, radius, angle, centre):
+    """-> PIL image in mode L, four times `size` a side: 255 inside the object, 0 outside."""
+    scale = OVERSAMPLING * size / 32
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    parts = [(SHAPES[shape], 255)]
+    if shape == "ring":
+        parts.append((SHAPES["disc"] / 2, 0))
+    mask = Image.new("L", (OVERSAMPLING * size, OVERSAMPLING * size))
+    for corners, value in parts:
+        corners = (corners @ [(cos, sin), (-sin, cos)] * radius + centre) * scale
+        ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=value)
+    return mask
+
+
+def coverage(mask):
+    """Mask, (4n,4n) -> (n,n,1) in 0..1, the share of each pixel that it covers."""
+    return np.asarray(mask.reduce(OVERSAMPLING))[..., None] / 255
 
 
 def muted(rng, low, high):
-    """A greyish colour, (3,) in 0..255, whose brightest channel is between low and high."""
+    """-> (3,) in 0..255, a greyish colour whose brightest channel is between low and high."""
     grey = rng.uniform(low, high)
     return grey * (1 - rng.uniform(0, 0.3) * rng.permutation([0, rng.random(), 1]))
 
 
-def shrink(mask):
-    """(4n,4n) picture of 0 and 255 -> (n,n,1) in 0..1, the share of each pixel that is covered."""
-    return np.asarray(mask.reduce(4))[..., None] / 255
+def draw_background(background, dark, size, rng):
+    """-> (size,size,3) in 0..255, of one muted colour or a gradient between two of them."""
+    low, high = (25, 95) if dark else (175, 245)
+    first = second = muted(rng, low, high)
+    mix = np.zeros((size, size))
+    if background == "Gradient_Background":
+        first = muted(rng, low, low + 15)
+        second = muted(rng, high - 15, high)
+        direction = rng.uniform(0, 2 * math.pi)
+        x = pixel_centres(size)  # (size,)
+        y = x[:, None]  # (size,1)
+        mix = 0.5 + ((x - 16) * math.cos(direction) + (y - 16) * math.sin(direction)) / 40
+    mix = mix.clip(0, 1)[..., None]  # (size,size,1)
+    return first * (1 - mix) + second * mix
+
+
+def stripes(size, angle, centre):
+    """-> bool (4*size,4*size): every other band, 3 wide, of those that cross an object tilted by
+    `angle` around `centre`."""
+    x = pixel_centres(OVERSAMPLING * size)
+    y = x[:, None]
+    across = (y - centre[1]) * math.cos(angle) - (x - centre[0]) * math.sin(angle)
+    return across % 6 < 3
 
 
 def draw_picture(shape, size, rng):
-    """One object on a background: (size,size,3) uint8, and the set of its attributes' names."""
-    colour, texture, background = (
-        list(names)[rng.integers(len(names))] for names in (COLOURS, TEXTURES, BACKGROUNDS)
-    )
+    """-> uint8 (size,size,3), one object on a background; and the set of its attributes' names.
+
+    The calls of `rng` and their order make the data set what it is."""
+    colour_name = choose(COLOURS, rng)
+    texture = choose(TEXTURES, rng)
+    background = choose(BACKGROUNDS, rng)
     large, left, top, tilted = rng.random(4) < 0.5
-    tilted = tilted and shape not in ("disc", "ring")  # nobody could see it
-    names = {shape.capitalize(), colour, texture, background}
-    names |= {
-        name
-        for name, on in zip(("Large", "Left", "Top", "Tilted"), (large, left, top, tilted))
-        if on
-    }
+    # Nobody could see that a disc or a ring is tilted.
+    tilted = tilted and shape not in ("disc", "ring")
+    names = {shape.capitalize(), colour_name, texture, background}
+    for name, present in zip(POSES, (large, left, top, tilted), strict=True):
+        if present:
+            names.add(name)
 
-    # Geometry in pixels of a 32 x 32 picture. About 25 degrees: a square looks upright again at 90. Few poses, each with a
-    # little play: a SiT trained for minutes learns these, but not an object anywhere, of any size, turned by any angle.
+    # Few poses, with a little play around each: a SiT learns these in minutes, but not an object
+    # anywhere, of any size, turned by any angle. At 90 degrees a square would look upright again.
     radius = rng.uniform(12.5, 13.5) if large else rng.uniform(10, 11)
-    x, y = 16 + rng.uniform(1.5, 2, 2) * np.where([left, top], -1, 1)
+    centre = 16 + rng.uniform(1.5, 2, 2) * np.where([left, top], -1, 1)  # (2,): x, y
     angle = math.radians(rng.uniform(22, 28) if tilted else rng.uniform(-3, 3))
-    c, s = math.cos(angle), math.sin(angle)
-    scale = 4 * size / 32  # drawn four times too large; averaging 4 x 4 pixels smooths the edges
-    mask = Image.new("L", (4 * size, 4 * size))
-    for corners, fill in [(SHAPES[shape], 255)] + [(SHAPES["disc"] / 2, 0)] * (shape == "ring"):
-        corners = (corners @ [(c, s), (-s, c)] * radius + (x, y)) * scale
-        ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=fill)
 
-    # Background: dark or light, but always dark behind the bright colours.
-    dark = colour in ("Yellow", "Cyan") or rng.random() < 0.5
-    low, high = (25, 95) if dark else (175, 245)
-    first = second = muted(rng, low, high)
-    right = (
-        (np.arange(size) + 0.5) * 32 / size
-    )  # pixel centres, (size,), and below each other (size,1)
-    down = right[:, None]
-    if background == "Gradient_Background":
-        first, second = muted(rng, low, low + 15), muted(rng, high - 15, high)
-        direction = rng.uniform(0, 2 * math.pi)
-        mix = 0.5 + ((right - 16) * math.cos(direction) + (down - 16) * math.sin(direction)) / 40
-    else:
-        mix = np.zeros((size, size))
-    mix = mix.clip(0, 1)[..., None]
-    picture = first * (1 - mix) + second * mix
+    # The background is dark or light, but always dark behind the bright colours.
+    dark = colour_name in ("Yellow", "Cyan") or rng.random() < 0.5
+    picture = draw_background(background, dark, size, rng)
 
-    # Object, and its stripes in a paler or darker tone of its colour: away from the background's.
-    colour = np.array(COLOURS[colour], float)
-    picture += shrink(mask) * (colour - picture)
-    if texture != "Solid":
-        mask = np.asarray(mask)
-        right = (np.arange(4 * size) + 0.5) / scale
-        down = right[:, None]
-        marks = ((down - y) * c - (right - x) * s) % 6 < 3
+    # Stripes are in a paler or a darker tone of the object's colour, away from the background's.
+    colour = np.array(COLOURS[colour_name], float)
+    mask = draw_mask(shape, size, radius, angle, centre)
+    picture += coverage(mask) * (colour - picture)
+    if texture == "Striped":
         tone = colour * 0.3 + 255 * 0.7 if dark else colour * 0.35
-        picture += shrink(Image.fromarray(mask * marks)) * (tone - colour)
+        striped = Image.fromarray(np.asarray(mask) * stripes(size, angle, centre))
+        picture += coverage(striped) * (tone - colour)
     return picture.round().clip(0, 255).astype(np.uint8), names
 
 
-def draw_pictures(folder, size=32, per_class=1000, seed=0):
-    """A data set of drawn objects: pictures in ImageNet's layout and, about them, CelebA's two text files.
+# --------------------------------------------------------------------------------------------------
+# Drawing them all
 
-    folder/train/<shape>/<shape>_00000.png (per_class each) and folder/val/... (100 each), size x size RGB;
-    list_attr_celeba.txt (1 or -1 for each of ATTRIBUTES) and list_eval_partition.txt (0 train, 1 the last tenth of
-    each training class, 2 val). A picture depends on (seed, split, shape, number) alone, not on per_class.
-    """
-    settings = dict(size=size, per_class=per_class, seed=seed)
-    marker = os.path.join(
-        folder, "demo.json"
-    )  # written at the start, and marked as complete at the end
-    if os.path.exists(marker):
-        with open(marker) as f:
-            found = json.load(f)
-        if found.pop("complete") and found == settings:
-            return print(f"pictures: {folder} is complete")
-        if found != settings:
-            raise UserError(
-                f"{folder} holds pictures drawn with {found}, wanted {settings}: name another folder or delete it"
-            )
-    elif os.path.exists(os.path.join(folder, "train")):
-        raise UserError(f"{folder}/train exists and was not drawn by demo.py: name another folder")
+
+def is_complete(folder, settings):
+    """Whether a folder holds a complete data set drawn with these settings. Raises a UserError if
+    it holds something else."""
+    marker = os.path.join(folder, "demo.json")
+    if not os.path.exists(marker):
+        if os.path.exists(os.path.join(folder, "train")):
+            raise UserError(f"{folder}/train was not drawn by this code: give another folder")
+        return False
+    with open(marker) as file:
+        found = json.load(file)
+    complete = found.pop("complete")
+    if found != settings:
+        raise UserError(
+            f"{folder} holds pictures drawn with {found}, but {settings} are wanted: "
+            "give another folder or delete this one"
+        )
+    return complete
+
+
+def mark(folder, settings, complete):
+    """Notes in folder/demo.json how its pictures are drawn, and whether all of them are."""
     os.makedirs(folder, exist_ok=True)
-    with open(marker, "w") as f:
-        json.dump(dict(settings, complete=False), f)
+    with open(os.path.join(folder, "demo.json"), "w") as file:
+        json.dump({**settings, "complete": complete}, file)
 
-    attributes, partition = [], []
-    for split, (part, count) in enumerate({"train": per_class, "val": 100}.items()):
-        for k, shape in enumerate(SHAPES):
-            os.makedirs(os.path.join(folder, part, shape), exist_ok=True)
+
+def write_lines(path, lines):
+    with open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def draw_pictures(folder, size=32, per_class=1000, seed=0):
+    """A data set of drawn objects: pictures in ImageNet's layout and, beside them, CelebA's two
+    text files. Returns at once if the folder holds it already.
+
+    folder/train/<shape>/<shape>_00000.png (per_class each) and folder/val/... (100 each), RGB of
+    size x size; list_attr_celeba.txt, 1 or -1 for each of ATTRIBUTES; list_eval_partition.txt,
+    0 for training, 1 for the last tenth of each training class, 2 for val. A picture depends on
+    (seed, split, shape, number) alone, not on per_class."""
+    settings = {"size": size, "per_class": per_class, "seed": seed}
+    if is_complete(folder, settings):
+        print(f"pictures: {folder} is complete")
+        return
+    mark(folder, settings, complete=False)
+
+    attributes = []
+    partition = []
+    for split_number, (split, count) in enumerate([("train", per_class), ("val", 100)]):
+        for shape_number, shape in enumerate(SHAPES):
+            os.makedirs(os.path.join(folder, split, shape), exist_ok=True)
             for i in range(count):
-                name = f"{part}/{shape}/{shape}_{i:05d}.png"
-                picture, names = draw_picture(
-                    shape, size, np.random.default_rng([seed, split, k, i])
-                )
+                name = f"{split}/{shape}/{shape}_{i:05d}.png"
+                rng = np.random.default_rng([seed, split_number, shape_number, i])
+                picture, present = draw_picture(shape, size, rng)
                 Image.fromarray(picture).save(os.path.join(folder, name))
-                attributes.append(
-                    name + "".join("  1" if a in names else " -1" for a in ATTRIBUTES)
-                )
-                partition.append(f"{name} {2 if part == 'val' else int(i >= 0.9 * count)}")
-    with open(os.path.join(folder, "list_attr_celeba.txt"), "w") as f:
-        f.write("\n".join([str(len(attributes)), " ".join(ATTRIBUTES), *attributes]) + "\n")
-    with open(os.path.join(folder, "list_eval_partition.txt"), "w") as f:
-        f.write("\n".join(partition) + "\n")
-    with open(marker, "w") as f:
-        json.dump(dict(settings, complete=True), f)
+                values = ["1" if attribute in present else "-1" for attribute in ATTRIBUTES]
+                attributes.append(name + "".join(f"{value:>3}" for value in values))
+                part = 2 if split == "val" else int(i >= 0.9 * count)
+                partition.append(f"{name} {part}")
+
+    header = [str(len(attributes)), " ".join(ATTRIBUTES)]
+    write_lines(os.path.join(folder, "list_attr_celeba.txt"), header + attributes)
+    write_lines(os.path.join(folder, "list_eval_partition.txt"), partition)
+    mark(folder, settings, complete=True)
     print(f"pictures: {len(attributes)} drawn in {folder}")
 
 
-if __name__ == "__main__":
+def main():
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m tools.pictures FOLDER")
     draw_pictures(sys.argv[1])
+
+
+if __name__ == "__main__":
+    run_main(main)
