@@ -1,4 +1,8 @@
-"""The user's error, atomic writes, and checked readers of weights, .npz files and arrays. It imports nothing of ours."""
+"""The error for users, atomic writes, and checked readers of weights, .npz files and arrays.
+
+Every other file may import this one, which imports nothing of ours. "Checked" means that a damaged
+file is refused in one sentence, wherever its format can show the damage, and that no file makes its
+reader run code."""
 
 import argparse
 import contextlib
@@ -15,19 +19,54 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+class UserError(ValueError):
+    """What a user did or can mend, in one sentence. The scripts print it, without a traceback, and
+    exit with code 2."""
+
+
+def first_line(error):
+    """The first line of an exception's message, at most 200 characters; its type if it has none."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def reading(path, content):
+    """The context of code that interprets a file of unknown origin. Whatever the file makes fail
+    becomes one UserError that says that `path` cannot be read as `content`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} cannot be read as {content} ({reason})") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
 
 @contextlib.contextmanager
 def writing(path):
-    """with writing("a/b") as file: a binary file that becomes a/b when the block ends well."""
+    """`with writing("a/b") as file` gives a binary file that becomes a/b when the block ends, and
+    is removed if the block fails. So a/b is always a whole file, the old one or the new one, also
+    after a crash or a power cut. Missing folders are made."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # by a process that was killed
+    for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):
+        # A process was killed while it wrote this. Another one may remove it at the same time.
         with contextlib.suppress(FileNotFoundError):
-            os.remove(left)
+            os.remove(leftover)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
+            # The content must be on the disk before the name is.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -36,68 +75,40 @@ def writing(path):
         raise
 
 
-def open_npz(path):
-    """np.load of an .npz whose checksums are right and whose headers claim what its members hold, no more and no less."""
-    with open(path, "rb"):  # absent, or not to be read: its own error
-        if not is_intact_zip(path):
-            raise ValueError("it is not a zip file, or a checksum in it differs")
-    file = np.load(path, allow_pickle=False)
-    for member in file.zip.infolist():
-        with file.zip.open(member) as rows:
-            np.lib.format.read_magic(
-                rows
-            )  # other versions have long headers, and no array of ours or ADM's
-            shape, _, dtype = np.lib.format.read_array_header_1_0(rows)
-            if dtype.hasobject:
-                raise ValueError(f"{member.filename} holds Python objects")
-            if rows.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-                raise ValueError(f"{member.filename} is cut, or claims the wrong shape {shape}")
-    return file
+@contextlib.contextmanager
+def warn_if_unwritable(path):
+    """The context of writing a file that a run can do without. A failure becomes a warning."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"warning: cannot write {path}: {error.strerror}; continuing without it")
 
 
-def open_array(path, dtype, shape):
-    """A memory map of an .npy file, to read and write. Its header and size must be what it was made with: np.load believes
-    any header, and fills up with zeros what a cut file lacks."""
-    found = None
-    with contextlib.suppress(Exception):  # NumPy's header parser raises a dozen types
-        array = np.load(path, mmap_mode="r")
-        found = array.dtype, array.shape, array.offset + array.nbytes, array.flags.c_contiguous
-    if found != (dtype, shape, os.path.getsize(path), True):
-        raise UserError(f"{path} is damaged; remove its folder and give the same command again")
-    return np.load(path, mmap_mode="r+")
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    with writing(path) as file:
+        file.write(text.encode())
 
 
 def write_weights(path, kind, state, config, info):
-    """Tensors and what is needed to build and judge them -> a .safetensors file that models.load_<kind> opens."""
+    """Writes a .safetensors file that common/weights.py opens.
+
+    kind     the network: "vae" or "sit"
+    state    its state dict
+    config   the arguments that build the network
+    info     what else a reader must know: step, arguments, classes, ... (JSON values)"""
     from safetensors.torch import save
 
-    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = dict(format="pt", kind=kind, config=json.dumps(config), info=json.dumps(info))
     metadata["hash"] = content_hash(state_hash(state), metadata)
     with writing(path) as file:
         file.write(save(state, metadata))
 
 
-@contextlib.contextmanager
-def warn_if_unwritable(path):
-    """Around what a run can do without: a failed write of it is said."""
-    try:
-        yield
-    except OSError as error:
-        tqdm.write(f"warning: cannot write {path}: {error.strerror}; going on without it")
-
-
-def write_json(path, value):
-    with writing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-class UserError(ValueError):
-    """What a user did or can mend, in one sentence. The scripts print it and exit with code 2, without a traceback."""
-
-
 def state_hash(state):
-    """sha256 over names, types, shapes and bytes of a state dict's tensors, the first 16 hexadecimal digits."""
+    """The first 16 hexadecimal digits of the sha256 over a state dict: names, types, shapes and
+    bytes of its tensors."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -106,82 +117,149 @@ def state_hash(state):
     return digest.hexdigest()[:16]
 
 
-def content_hash(weights, metadata):
-    """Of all that a file of ours holds: the state_hash of its weights and its metadata, but for "hash" itself."""
-    text = json.dumps({k: v for k, v in metadata.items() if k != "hash"}, sort_keys=True)
-    return hashlib.sha256((weights + text).encode()).hexdigest()[:16]
+def content_hash(weights_hash, metadata):
+    """The hash of all that a weight file of ours holds: the state_hash of its weights and its
+    metadata, apart from the entry "hash", where the result is kept."""
+    hashed = {key: value for key, value in metadata.items() if key != "hash"}
+    text = json.dumps(hashed, sort_keys=True)
+    return hashlib.sha256((weights_hash + text).encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading zip files, which .npz and PyTorch's .pt files are, and arrays
+
+FOLDER_ATTRIBUTE = 16
+END_RECORD_BYTES = 22
 
 
 def is_intact_zip(path):
-    """Whether a zip file (.pt, .npz) is whole: each member has a CRC-32. torch.load checks none of them, and np.load not
-    those of arrays whose header was shortened. A member marked as a folder torch.load takes for zeros; one that the list of
-    members lacks no reader misses, so their number, in the file's last 22 bytes, must agree."""
+    """Whether a zip file holds exactly what was written into it.
+
+    Every member has a CRC-32, but the usual readers do not see all damage: torch.load compares no
+    CRC-32, and np.load stops reading, before it could compare one, where an array's header claims
+    fewer numbers than there are. So this compares all of them. It also refuses what no CRC-32 can
+    show: a member marked as a folder, which torch.load reads as zeros, and a list of members that
+    lacks some."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-            file.seek(-22, os.SEEK_END)
-            count = int.from_bytes(file.read()[10:12], "little")
-            whole = (
-                not archive.comment
-                and min(len(members), 65535) == count
-                and not any(m.external_attr & 16 for m in members)
-            )
-            return whole and archive.testzip() is None
-    except Exception:  # zipfile and zlib raise a dozen types
+            if archive.comment:  # neither torch nor NumPy writes one
+                return False
+            if any(member.external_attr & FOLDER_ATTRIBUTE for member in members):
+                return False
+            if min(len(members), 65535) != recorded_member_count(file):
+                return False
+            return archive.testzip() is None
+    except Exception:
+        # zipfile and zlib raise a dozen types of errors where a file is damaged.
         return False
 
 
-@contextlib.contextmanager
-def reading(path, what):
-    """Around code that interprets a file of anyone's: whatever in it makes that fail is said in one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as {what} ({type(error).__name__}: {first_line(error)})"
-        ) from error
+def recorded_member_count(file):
+    """The number of members that a zip file without a comment gives in the record at its end; 65535
+    stands for that many or more."""
+    file.seek(-END_RECORD_BYTES, os.SEEK_END)
+    record = file.read()
+    return int.from_bytes(record[10:12], "little")
+
+
+def open_npz(path):
+    """np.load of an .npz file whose checksums are right, and whose headers claim exactly the data
+    that its members hold. Raises ValueError where they do not, OSError where there is no file."""
+    with open(path, "rb"):  # is_intact_zip would report a missing file as a damaged one
+        pass
+    if not is_intact_zip(path):
+        raise ValueError("it is not a zip file, or a checksum in it differs")
+    npz = np.load(path, allow_pickle=False)
+    for member in npz.zip.infolist():
+        with npz.zip.open(member) as file:
+            check_npy_header(file, member)
+    return npz
+
+
+def check_npy_header(file, member):
+    """Raises ValueError if an array's header does not fit its size. np.load would take all the
+    memory that a header names, and read only a part where it names too little."""
+    np.lib.format.read_magic(file)
+    # Only arrays with headers beyond 64 KiB have another version; no array of ours or ADM's does.
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds Python objects")
+    if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} is cut, or claims the wrong shape {shape}")
+
+
+def open_array(path, dtype, shape):
+    """A memory map of an .npy file, to read and to write. Raises UserError unless it is a whole
+    array of this type and shape: np.load believes any header, and where it maps a cut file for
+    writing, it fills up with zeros what is missing."""
+    found = None
+    # NumPy's parser of headers raises a dozen types of errors.
+    with contextlib.suppress(Exception):
+        array = np.load(path, mmap_mode="r")
+        size = array.offset + array.nbytes
+        found = (array.dtype, array.shape, size, array.flags.c_contiguous)
+    if found != (dtype, shape, os.path.getsize(path), True):
+        raise UserError(f"{path} is damaged; remove its folder and rerun the command")
+    return np.load(path, mmap_mode="r+")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading weights
 
 
 def read_weights(path):
-    """A .safetensors file or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of strings).
-    No pickled code is ever executed. Tensors of a checkpoint are views of the file, so that none reaches beyond it."""
+    """A .safetensors file, or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of
+    strings, {} for a checkpoint). Pickled code is never run. Raises UserError."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     with reading(path, "safetensors or as a checkpoint without code"):
         with open(path, "rb") as file:
-            head = file.read(9)
-        zipped = head[:4] == b"PK\3\4"  # else it is older than torch 1.6, without checksums
-        if zipped and not is_intact_zip(path):
-            raise ValueError("it is damaged: a checksum differs")
-        if head[8:] == b"{":  # safetensors: 8 bytes of length, then JSON
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(
-                    file.metadata() or {}
-                )
-        # from memory, which has no more than the file, whatever it is asked for
-        source = path if zipped else io.BytesIO(pathlib.Path(path).read_bytes())
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # plain data, in many published checkpoints
-            state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
-        state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
-        return {k: v for k, v in state.items() if isinstance(k, str)}, {}
+            start = file.read(9)
+        if (
+            start[8:] == b"{"
+        ):  # safetensors: the length of a JSON header in 8 bytes, then the header
+            return read_safetensors(path)
+        is_zip = start[:4] == b"PK\3\4"
+        return read_checkpoint(path, is_zip), {}
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def read_safetensors(path):
+    """-> (state dict, metadata)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it has no iterator
+        return state, dict(file.metadata() or {})
+
+
+def read_checkpoint(path, is_zip):
+    """The state dict of a file of torch.save's: a zip file with checksums, or, from before torch
+    1.6, one without."""
+    if is_zip and not is_intact_zip(path):
+        raise ValueError("it is damaged: a checksum differs")
+    source = path
+    if not is_zip:
+        # A damaged file may claim more numbers than it holds. A reader of bytes in memory cannot
+        # be made to take more; for a zip file, the memory map (mmap) has this effect.
+        source = io.BytesIO(pathlib.Path(path).read_bytes())
+    # Many published checkpoints also hold the arguments of their training, which are plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    return {name: value for name, value in state.items() if isinstance(name, str)}
 
 
 def load_strictly(model, state, path, assign=False):
+    """Loads a state dict, which must have the names and shapes of the model, and returns the model.
+    path: where it is from, for the UserError. assign: the tensors become the model's own."""
     try:
         model.load_state_dict(state, assign=assign)
-    except RuntimeError as error:  # names and shapes that differ, in many lines
-        raise UserError(
-            f"{path} does not fit: {' '.join(str(error).split(':', 1)[-1].split())[:300]}"
-        ) from None
+    except RuntimeError as error:
+        # The message has a line for each name and shape that differs, after a first one that only
+        # says so.
+        differences = " ".join(str(error).split(":", 1)[-1].split())
+        raise UserError(f"{path} does not fit: {differences[:300]}") from None
     return model

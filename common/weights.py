@@ -1,4 +1,4 @@
-"""Our weight files: load_vae and load_sit."""
+"""load_vae and load_sit: from weight files of ours or, through published.py, of other code."""
 
 import json
 import os
@@ -7,77 +7,39 @@ import torch
 
 from common.files import UserError, content_hash, load_strictly, read_weights, reading, state_hash
 from common.published import fetch, find_vae, read_sit, read_vae
-from models import SiT, VAE
+from models import VAE, SiT
 
-
-def build(network, config, state, path):
-    """network(**config) with the weights of a state dict, which are compared with its plan before memory is taken."""
-    if max(
-        config.get("depth") or 0,
-        config.get("num_res_blocks") or 0,
-        len(config.get("ch_mult") or ()),
-    ) > len(state):
-        raise UserError(
-            f"{path} does not fit: {len(state)} tensors are too few for its architecture"
-        )
-    with torch.device("meta"):
-        load_strictly(network(**config), state, path, assign=True)
-    return load_strictly(network(**config), state, path)
-
-
-OURS = {"kind", "config", "info", "hash"}  # metadata of our files; others have "format" at most
-
-
-def load_network(network, path, device, read_published):
-    """The network that a file describes, in eval mode; `.info` tells where it came from. A file of ours says what it
-    is in its metadata, and its content must be what was written (files of older versions have no "hash" of it); any
-    other goes through read_published(state dict) -> (state dict, config, info)."""
-    kind = network.__name__.lower()
-    with reading(path, f"a {network.__name__}"):
-        state, metadata = read_weights(path)
-        ours = OURS & set(metadata)
-        if ours and metadata.get("kind") != kind:
-            raise UserError(
-                f"{path} is a {metadata.get('kind', 'nameless')} checkpoint, but a {kind} is needed"
-            )
-        if ours:
-            config, info = json.loads(metadata["config"]), json.loads(metadata["info"])
-        else:
-            state, config, info = read_published(state)
-        info = dict(info, path=path, hash=state_hash(state))
-        wrong = metadata.get("hash") and metadata["hash"] != content_hash(info["hash"], metadata)
-        if ours and (wrong or set(metadata) - OURS - {"format"}):
-            raise UserError(
-                f"{path} is damaged: its content is not what was written; make it again or restore a copy"
-            )
-        net = build(network, config, state, path)
-        net.info = info
-    return net.to(device).eval()
+# The entries in the metadata of our files. Files of other code have "format" at most.
+OUR_METADATA = {"kind", "config", "info", "hash"}
 
 
 def load_vae(path, device="cpu"):
-    """The VAE in a file, a run's folder, a published checkpoint or its folder, or hf:<owner>/<repository>."""
+    """The VAE in a file, the folder of a run, a published checkpoint or its folder, or
+    hf:<owner>/<repository>, in eval mode. Raises UserError.
+
+    vae.info: where it is from: path, hash (of its weights), step and what else its file tells."""
     path = os.fspath(path)
     own = os.path.join(path, "vae.safetensors")
     if os.path.isfile(own):
         path = own
     elif os.path.isdir(path) or path.startswith("hf:"):
         path = find_vae(path)
-    vae = load_network(VAE, path, device, lambda state: read_vae(state, path))
-    if not (
-        vae.latent_mean.isfinite().all()
-        and vae.latent_std.isfinite().all()
-        and (vae.latent_std > 0).all()
-    ):
+    vae = load_network(VAE, path, device, read_vae)
+    finite = vae.latent_mean.isfinite().all() and vae.latent_std.isfinite().all()
+    if not finite or (vae.latent_std <= 0).any():
         raise UserError(
-            f"{path}: the mean and std of its latents are no finite numbers, or a std is not positive"
+            f"{path}: the mean and std of its latents are no finite numbers, or a std is not "
+            "positive"
         )
     return vae
 
 
 def load_sit(path, device="cpu", ema=True):
-    """The SiT in a file, a run's folder, a published checkpoint or hf:<owner>/<repository>/<file>: its EMA weights, or
-    the raw ones. `sit.info` also tells which VAE it belongs to."""
+    """The SiT in a file, the folder of a run, a published checkpoint or
+    hf:<owner>/<repository>/<file>, in eval mode: its EMA weights, or the raw ones. Raises
+    UserError.
+
+    sit.info: as for a VAE, and vae_hash and vae_path, which tell the VAE that it was trained on."""
     path = os.fspath(path)
     if path.startswith("hf:"):
         path = fetch(path)
@@ -85,8 +47,70 @@ def load_sit(path, device="cpu", ema=True):
         path = os.path.join(path, "sit.safetensors")
     if not ema and os.path.basename(path) == "sit.safetensors":
         path = os.path.join(os.path.dirname(path), "sit_raw.safetensors")
-    sit = load_network(
-        SiT, path, device, lambda state: read_sit(state.get("ema" if ema else "model", state), path)
-    )
+
+    def read_published_sit(state, path):
+        weights = state.get("ema" if ema else "model", state)
+        return read_sit(weights, path)
+
+    sit = load_network(SiT, path, device, read_published_sit)
     sit.info["weights"] = "ema" if ema else "raw"
     return sit
+
+
+def load_network(network, path, device, read_published):
+    """The network that a file holds, in eval mode, with its .info. Raises UserError.
+
+    network          the class: VAE or SiT
+    read_published   converts the content of a file that is not ours:
+                     (state dict, path) -> (state dict in our names, config, info)"""
+    with reading(path, f"a {network.__name__}"):
+        state, metadata = read_weights(path)
+        is_ours = bool(OUR_METADATA & set(metadata))
+        if is_ours:
+            config, info = read_metadata(network, metadata, path)
+        else:
+            state, config, info = read_published(state, path)
+        weights_hash = state_hash(state)
+        if is_ours:
+            check_content(metadata, weights_hash, path)
+        net = build(network, config, state, path)
+        net.info = dict(info, path=path, hash=weights_hash)
+    return net.to(device).eval()
+
+
+def read_metadata(network, metadata, path):
+    """-> (config, info) of a weight file of ours. Raises UserError if it holds another network."""
+    kind = network.__name__.lower()
+    if metadata.get("kind") != kind:
+        found = metadata.get("kind", "nameless")
+        raise UserError(f"{path} is a {found} checkpoint, but a {kind} is needed")
+    return json.loads(metadata["config"]), json.loads(metadata["info"])
+
+
+def check_content(metadata, weights_hash, path):
+    """Raises UserError unless a weight file of ours holds what was written into it."""
+    expected = metadata.get("hash")  # files of the first versions of this code have none
+    is_changed = expected and expected != content_hash(weights_hash, metadata)
+    # Damage to the name of an entry makes an entry that we never write.
+    unknown = set(metadata) - OUR_METADATA - {"format"}
+    if is_changed or unknown:
+        raise UserError(
+            f"{path} is damaged: its content is not what was written; make it again or restore a "
+            "copy"
+        )
+
+
+def build(network, config, state, path):
+    """network(**config) with the weights of a state dict. A damaged or hostile config must not take
+    memory for a network that the weights do not fit, so a network without memory is tried first."""
+    depth = config.get("depth") or 0
+    num_res_blocks = config.get("num_res_blocks") or 0
+    num_levels = len(config.get("ch_mult") or ())
+    # Even without memory for weights, a million blocks would take long to build.
+    if max(depth, num_res_blocks, num_levels) > len(state):
+        raise UserError(
+            f"{path} does not fit: {len(state)} tensors are too few for its architecture"
+        )
+    with torch.device("meta"):
+        load_strictly(network(**config), state, path, assign=True)
+    return load_strictly(network(**config), state, path)
