@@ -1,5 +1,6 @@
-"""Writes RESULTS.md and its figures from what the study's runs left: `python -m study.run
---report`.
+"""Writes RESULTS.md and its figures from what the study's runs left:
+
+    python -m study.run --report
 
 Every number is read from a file of a run. What the numbers mean is written by hand in
 study/sections.py.
@@ -185,11 +186,17 @@ def direction(difference):
 
 
 def introduction(args, results, vaes):
-    command = "python -m study.run --report"
     compared = f"VAEs are compared at SiT step {results.compare_step}"
     if args.quick:
-        command = "python -m study.run --quick --report"
+        source = (
+            "Written by `python -m study.run --quick --report`. Every number is read from the "
+            "runs' files."
+        )
     else:
+        source = (
+            "Written by `python -m study.run --report`. Every number is read from the runs' files; "
+            "what the numbers may mean is written by hand."
+        )
         compared += (
             f" and, with the SiTs that were trained further, at step {results.last_step}; the "
             "tables give the number of SiTs in brackets"
@@ -197,7 +204,7 @@ def introduction(args, results, vaes):
     return [
         "# Results of the small-scale study",
         "",
-        f"Written by `{command}`. Every number is read from the runs' files.",
+        source,
         "",
         f"Data: {args.data}. Vision model: tf_efficientnet_lite0, its feature map at stride 16. "
         f"VAE: factor 4, trained from scratch for {args.size.base_steps} steps of 8 pictures "
@@ -350,8 +357,8 @@ def along_training(results):
     return [
         *distances_table(results),
         "",
-        f"With guidance (scale 1.5), at step {results.last_step}, and the share of samples that "
-        "the classifier assigns to the class they were drawn for:",
+        f"At step {results.last_step}: the distance with guidance (scale 1.5), and the share of "
+        "samples that the classifier assigns to the class they were drawn for:",
         "",
         *guidance_table(results),
         "",
@@ -385,10 +392,10 @@ def guidance_table(results):
     last = results.last_step
     lines = table_head(
         "VAE",
-        "classifier, guided",
-        "target, guided",
-        "classified as drawn, %",
-        "classified as drawn, guided, %",
+        "distance, classifier, guided",
+        "distance, target, guided",
+        "assigned to their class, %",
+        "assigned to their class, guided, %",
     )
     for vae in PAIR:
         told = [100 * share for share in results.values(vae, last, "told")]

@@ -18,10 +18,10 @@ PROBE_MEASURES = {
 # Measures of a VAE that study/judge.py took: name in the report -> its name in the judge's result.
 JUDGE_MEASURES = {
     "PSNR": "psnr",
-    "effective rank, channels": "rank_channels",
-    "effective rank, latents": "rank_flat",
+    "effective rank of channels": "rank_channels",
+    "effective rank of latents": "rank_flat",
     "neighbour correlation": "neighbour_correlation",
-    "channel std, max / min": "channel_spread",
+    "largest / smallest channel std": "channel_spread",
 }
 MEASURES = (*PROBE_MEASURES, *JUDGE_MEASURES)
 

@@ -117,8 +117,8 @@ REMARKS = {
     "is the use of attention: the MLP is as good. The paper's runs are without noise and ours "
     "have it; a deeper mapper can remove some noise before it predicts, so that the encoder need "
     "not. Next: three VAE seeds of each depth, with and without noise.",
-    5: "With 8 channels `send_d8` does not improve from step 750 to step 2000. The distance of "
-    "its reconstructions alone (floor) is more than half of its distance, so little of "
+    5: "With 8 channels `send_d8` does not improve from step 750 to step 2000. Its "
+    "reconstructions alone have more than half of that distance (floor), so little of "
     "alignment's gain can be seen. Next: a base of 8 channels trained several times as long.",
     6: "From scratch, alignment costs less PSNR and gives the best probe of all. These latents "
     "are far behind `send`'s at step 750 and nearly level at step 2000. They were aligned for "
@@ -141,11 +141,12 @@ REMARKS = {
     10: "Shuffling the targets between pictures, with the same mapper, noise and weight, leaves "
     "the latents like `plain`'s in every measure. A teacher with random weights (section 4) "
     "smooths them (neighbour correlation) but gains nothing. Tuning without a teacher to "
-    "`send`'s PSNR gives at most an eighth of its gain. So neither the pull on the encoder nor a "
-    "softer reconstruction explains it.",
+    "`send`'s PSNR gives at most an eighth of `send`'s gain. So neither the pull on the encoder "
+    "nor a softer reconstruction explains that gain.",
     11: "VA-VAE's loss gives a higher probe and a lower PSNR than the mapper, yet a larger "
-    "distance, as the paper argues about a direct tie between latents and features. The weights "
-    "of the two losses are not matched. Next: `vavae` at the weight that gives it `send`'s PSNR.",
+    "distance; this is what the paper argues against tying latents to features directly. The "
+    "weights of the two losses are not matched. Next: `vavae` at the weight that gives it "
+    "`send`'s PSNR.",
     12: "REPA changes the distance by less than the seeds do. Alignment of the VAE gives as much "
     "with REPA as without. A guess: 750 steps of a SiT with 4 million parameters are too few for "
     "a loss on its features to matter, and the teacher is a small CNN. Next: 2,000 steps and "
