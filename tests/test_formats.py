@@ -4,42 +4,79 @@ import argparse
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 
 import diffusers
+import huggingface_hub
 import lpips
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from common.files import UserError, write_weights
-from common.weights import load_sit, load_vae
 import models
 import sample
 import train_vae
-from conftest import ROOT, VAE, script
 from common import published
+from common.files import UserError, write_weights
+from common.weights import load_sit, load_vae
+from conftest import script
 from tools import weights
 
-SMALL = dict(f8d4=dict(ch=32, ch_mult=(1, 2, 2, 2)), f16d32=dict(ch=32, ch_mult=(1, 1, 2, 2, 2)))
+SMALL = {
+    "f8d4": dict(ch=32, ch_mult=(1, 2, 2, 2)),
+    "f16d32": dict(ch=32, ch_mult=(1, 1, 2, 2, 2)),
+}
 
 
 def small_vae(spec, groups=32):
+    """A narrow VAE of random weights and random latent statistics."""
     torch.manual_seed(0)
     vae = models.VAE(spec, 64, groups=groups, **SMALL[spec])
-    for p in vae.parameters():  # zero-initialised branches would hide their errors
+    for p in vae.parameters():
+        # A branch that starts at zero would hide errors inside it.
         torch.nn.init.normal_(p, std=0.1 if p.ndim > 1 else 0.3)
-    vae.latent_mean.normal_(), vae.latent_std.uniform_(0.5, 2)
+    vae.latent_mean.normal_()
+    vae.latent_std.uniform_(0.5, 2)
     return vae.eval()
+
+
+def random_images(count=1):
+    return torch.rand(count, 3, 64, 64) * 2 - 1
+
+
+def assert_near(got, expected):
+    """To 1e-5 of the tensor's norm, the rounding of fp32 sums in another order."""
+    assert got.shape == expected.shape
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def assert_same_weights(got, expected):
+    """The state dict `got` has every entry of `expected`, bit for bit."""
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
+def own_weights(vae):
+    """The state dict without the statistics of the latents."""
+    state = vae.state_dict()
+    return {key: value for key, value in state.items() if not key.startswith("latent_")}
+
+
+def per_channel(values):
+    """(C,) -> (1,C,1,1)"""
+    return torch.as_tensor(values).view(1, -1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# VAEs of diffusers
 
 
 @pytest.mark.parametrize("spec", ["f8d4", "f16d32"])
 def test_export_is_what_diffusers_computes_and_comes_back_bit_for_bit(spec, tmp_path):
-    vae, x = small_vae(spec, groups=8), torch.rand(2, 3, 64, 64) * 2 - 1
+    vae = small_vae(spec, groups=8)
+    x = random_images(2)
     weights.export_vae(vae, "diffusers", tmp_path / "d")
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "d", low_cpu_mem_usage=False)
     with torch.no_grad():
@@ -48,27 +85,28 @@ def test_export_is_what_diffusers_computes_and_comes_back_bit_for_bit(spec, tmp_
         assert_near(posterior.mean, mean)
         assert_near(posterior.logvar, logvar)
         assert_near(theirs.decode(mean).sample, vae.decode(mean))
-        z = (
-            mean - torch.tensor(theirs.config.latents_mean).view(1, -1, 1, 1)
-        ) * theirs.config.scaling_factor
-        torch.testing.assert_close(
-            z / torch.tensor(theirs.config.latents_std).view(1, -1, 1, 1), vae.normalize(mean)
-        )
+        z = mean - per_channel(theirs.config.latents_mean)
+        z = z * theirs.config.scaling_factor / per_channel(theirs.config.latents_std)
+        torch.testing.assert_close(z, vae.normalize(mean))
     again = load_vae(tmp_path / "d")
-    assert again.config == vae.config and again.info["format"] == "diffusers"
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in vae.state_dict().items())
+    assert again.config == vae.config
+    assert again.info["format"] == "diffusers"
+    assert_same_weights(again.state_dict(), vae.state_dict())
 
 
-@pytest.mark.parametrize("spec", ["f8d4", "f16d32"])
-def test_diffusers_own_network_loads_strictly(spec, tmp_path):
+def their_vae(spec):
+    """diffusers' own network with the architecture of a small VAE of ours."""
     torch.manual_seed(0)
-    attn = [spec == "f16d32" and i == 4 for i in range(len(SMALL[spec]["ch_mult"]))]
-    net = diffusers.AutoencoderKL(
-        down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attn],
-        up_block_types=[
-            "AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attn)
-        ],
-        block_out_channels=[32 * m for m in SMALL[spec]["ch_mult"]],
+    num_levels = len(SMALL[spec]["ch_mult"])
+    down = ["DownEncoderBlock2D"] * num_levels
+    up = ["UpDecoderBlock2D"] * num_levels
+    if spec == "f16d32":
+        down[4] = "AttnDownEncoderBlock2D"
+        up[0] = "AttnUpDecoderBlock2D"
+    return diffusers.AutoencoderKL(
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=[32 * mult for mult in SMALL[spec]["ch_mult"]],
         layers_per_block=2,
         norm_num_groups=16,
         latent_channels=int(spec.split("d")[1]),
@@ -76,8 +114,14 @@ def test_diffusers_own_network_loads_strictly(spec, tmp_path):
         scaling_factor=0.5,
         shift_factor=0.25,
     ).eval()
+
+
+@pytest.mark.parametrize("spec", ["f8d4", "f16d32"])
+def test_diffusers_own_network_loads_strictly(spec, tmp_path):
+    net = their_vae(spec)
     net.save_pretrained(tmp_path)
-    vae, x = load_vae(tmp_path), torch.rand(1, 3, 64, 64) * 2 - 1
+    vae = load_vae(tmp_path)
+    x = random_images()
     with torch.no_grad():
         posterior = net.encode(x).latent_dist
         mean, logvar = vae.encode(x)
@@ -88,78 +132,99 @@ def test_diffusers_own_network_loads_strictly(spec, tmp_path):
 
 
 def test_diffusers_without_scaling_factor_means_its_default(tmp_path):
-    """The config.json of the first releases, sd-vae-ft-mse's among them, does not name it; diffusers then takes LDM's."""
+    """The config.json of the first releases, sd-vae-ft-mse's among them, does not have the entry;
+    diffusers then takes LDM's factor."""
     weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path)
-    config = json.load(open(tmp_path / "config.json"))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         del config[key]
-    json.dump(config, open(tmp_path / "config.json", "w"))
-    theirs, vae = (
-        diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False),
-        load_vae(tmp_path),
-    )
+    path.write_text(json.dumps(config))
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    vae = load_vae(tmp_path)
     z = torch.randn(1, 4, 2, 2)
     torch.testing.assert_close(vae.normalize(z), z * theirs.config.scaling_factor)
 
 
-def assert_near(got, want):
-    """To 1e-5 of the tensor's norm, the rounding of fp32 sums in another order."""
-    assert got.shape == want.shape and (got - want).norm() < 1e-5 * want.norm()
+def test_round_trip_is_bit_exact(tmp_path):
+    vae = small_vae("f16d32")
+    weights.export_vae(vae, "ldm", tmp_path / "a.ckpt")
+    weights.export_vae(load_vae(tmp_path / "a.ckpt"), "diffusers", tmp_path / "d")
+    assert_same_weights(load_vae(tmp_path / "d").state_dict(), own_weights(vae))
 
 
-def ldm_keys(ch, ch_mult, attn_levels, channels):
-    """Names and shapes of LDM's AutoencoderKL state dict, written down from the published checkpoints' key lists."""
-    shapes = {}
+# --------------------------------------------------------------------------------------------------
+# VAEs of LDM, REPA-E and LightningDiT
 
-    def conv(name, cin, cout, k):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (cout, cin, k, k), (cout,)
 
-    def norm(name, c):
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (c,)
+class LDMKeys:
+    """Names and shapes of LDM's AutoencoderKL state dict, in .shapes, written down from the lists
+    of keys of the published checkpoints."""
 
-    def res(name, cin, cout):
-        norm(f"{name}.norm1", cin), conv(f"{name}.conv1", cin, cout, 3), norm(f"{name}.norm2", cout)
-        conv(f"{name}.conv2", cout, cout, 3)
+    def __init__(self, ch, ch_mult, attn_levels, channels):
+        self.shapes = {}
+        self.attn_levels = attn_levels
+        widths = [ch * mult for mult in ch_mult]
+        self.add_encoder(ch, widths, channels)
+        self.add_decoder(widths, channels)
+        self.conv("quant_conv", 2 * channels, 2 * channels, 1)
+        self.conv("post_quant_conv", channels, channels, 1)
+
+    def add_encoder(self, ch, widths, channels):
+        self.conv("encoder.conv_in", 3, ch, 3)
+        c = ch
+        for i, width in enumerate(widths):
+            for j in range(2):
+                self.res(f"encoder.down.{i}.block.{j}", c, width)
+                c = width
+                if i in self.attn_levels:
+                    self.attn(f"encoder.down.{i}.attn.{j}", c)
+            if i < len(widths) - 1:
+                self.conv(f"encoder.down.{i}.downsample.conv", c, c, 3)
+        self.mid("encoder", c)
+        self.norm("encoder.norm_out", c)
+        self.conv("encoder.conv_out", c, 2 * channels, 3)
+
+    def add_decoder(self, widths, channels):
+        c = widths[-1]
+        self.conv("decoder.conv_in", channels, c, 3)
+        self.mid("decoder", c)
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(3):
+                self.res(f"decoder.up.{i}.block.{j}", c, width)
+                c = width
+                if i in self.attn_levels:
+                    self.attn(f"decoder.up.{i}.attn.{j}", c)
+            if i > 0:
+                self.conv(f"decoder.up.{i}.upsample.conv", c, c, 3)
+        self.norm("decoder.norm_out", c)
+        self.conv("decoder.conv_out", c, 3, 3)
+
+    def conv(self, name, cin, cout, k):
+        self.shapes[f"{name}.weight"] = (cout, cin, k, k)
+        self.shapes[f"{name}.bias"] = (cout,)
+
+    def norm(self, name, c):
+        self.shapes[f"{name}.weight"] = (c,)
+        self.shapes[f"{name}.bias"] = (c,)
+
+    def res(self, name, cin, cout):
+        self.norm(f"{name}.norm1", cin)
+        self.conv(f"{name}.conv1", cin, cout, 3)
+        self.norm(f"{name}.norm2", cout)
+        self.conv(f"{name}.conv2", cout, cout, 3)
         if cin != cout:
-            conv(f"{name}.nin_shortcut", cin, cout, 1)
+            self.conv(f"{name}.nin_shortcut", cin, cout, 1)
 
-    def attn(name, c):
-        norm(f"{name}.norm", c)
+    def attn(self, name, c):
+        self.norm(f"{name}.norm", c)
         for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", c, c, 1)
+            self.conv(f"{name}.{part}", c, c, 1)
 
-    last = len(ch_mult) - 1
-    conv("encoder.conv_in", 3, ch, 3), conv("decoder.conv_in", channels, ch * ch_mult[-1], 3)
-    c = ch
-    for i, m in enumerate(ch_mult):
-        for j in range(2):
-            res(f"encoder.down.{i}.block.{j}", c, ch * m)
-            c = ch * m
-            if i in attn_levels:
-                attn(f"encoder.down.{i}.attn.{j}", c)
-        if i < last:
-            conv(f"encoder.down.{i}.downsample.conv", c, c, 3)
-    for side in ("encoder", "decoder"):
-        (
-            res(f"{side}.mid.block_1", c, c),
-            attn(f"{side}.mid.attn_1", c),
-            res(f"{side}.mid.block_2", c, c),
-        )
-    norm("encoder.norm_out", c), conv("encoder.conv_out", c, 2 * channels, 3)
-    for i in range(last, -1, -1):
-        for j in range(3):
-            res(f"decoder.up.{i}.block.{j}", c, ch * ch_mult[i])
-            c = ch * ch_mult[i]
-            if i in attn_levels:
-                attn(f"decoder.up.{i}.attn.{j}", c)
-        if i > 0:
-            conv(f"decoder.up.{i}.upsample.conv", c, c, 3)
-    norm("decoder.norm_out", c), conv("decoder.conv_out", c, 3, 3)
-    (
-        conv("quant_conv", 2 * channels, 2 * channels, 1),
-        conv("post_quant_conv", channels, channels, 1),
-    )
-    return shapes
+    def mid(self, side, c):
+        self.res(f"{side}.mid.block_1", c, c)
+        self.attn(f"{side}.mid.attn_1", c)
+        self.res(f"{side}.mid.block_2", c, c)
 
 
 @pytest.mark.parametrize(
@@ -167,208 +232,195 @@ def ldm_keys(ch, ch_mult, attn_levels, channels):
 )
 def test_names_and_shapes_are_ldms(spec, ch_mult, attn):
     with torch.device("meta"):
-        ours = models.VAE(spec).state_dict()
-    ours = {k: tuple(v.shape) for k, v in ours.items() if not k.startswith("latent_")}
-    assert ours == ldm_keys(128, ch_mult, attn, int(spec.split("d")[1]))
+        state = own_weights(models.VAE(spec))
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    channels = int(spec.split("d")[1])
+    assert shapes == LDMKeys(128, ch_mult, attn, channels).shapes
 
 
-@pytest.mark.parametrize("release", ["ldm", "repa-e", "lightningdit"])
-def test_published_checkpoints(release, tmp_path):
-    spec = "f16d32" if release == "lightningdit" else "f8d4"
-    vae, mean, std = small_vae(spec), torch.randn(4), torch.rand(4) + 0.5
-    path = tmp_path / "vae.pt"
-    weights.export_vae(vae, "ldm", path)
-    state = torch.load(path, weights_only=True)["state_dict"]
-    if release == "ldm":
-        state.update(
-            {"loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.zeros(1)}
-        )
-        torch.save(dict(state_dict=state, global_step=3), path)
-        mean, std = torch.zeros(4), torch.full((4,), 1 / 0.18215)
-    elif release == "repa-e":
-        torch.save(state, path)
-        torch.save(
-            dict(latents_scale=1 / std.view(1, 4, 1, 1), latents_bias=mean.view(1, 4, 1, 1)),
-            tmp_path / "vae-latents-stats.pt",
-        )
-    else:
-        mean, std = torch.randn(32), torch.rand(32) + 0.5
-        state["foundation_model.x"] = state["linear_proj.weight"] = torch.zeros(2)
-        torch.save(dict(state_dict=state), path)
-        torch.save(
-            dict(mean=mean.view(1, 32, 1, 1), std=std.view(1, 32, 1, 1)),
-            tmp_path / "latents_stats.pt",
-        )
-    again = load_vae(path)
-    assert again.info["format"] == "LDM"
-    assert again.info["ignored"] == dict(
-        ldm=["loss", "model_ema"], lightningdit=["foundation_model", "linear_proj"]
-    ).get(release, [])
-    assert torch.allclose(again.latent_mean, mean) and torch.allclose(again.latent_std, std)
-    assert all(
-        torch.equal(v, again.state_dict()[k])
-        for k, v in vae.state_dict().items()
-        if not k.startswith("latent_")
-    )
-
-
-def test_round_trip_is_bit_exact(tmp_path):
-    vae = small_vae("f16d32")
-    weights.export_vae(vae, "ldm", tmp_path / "a.ckpt")
-    one = load_vae(tmp_path / "a.ckpt")
-    weights.export_vae(one, "diffusers", tmp_path / "d")
-    two = load_vae(tmp_path / "d")
-    assert all(
-        torch.equal(v, two.state_dict()[k])
-        for k, v in vae.state_dict().items()
-        if not k.startswith("latent_")
-    )
-
-
-def test_wrong_files(tmp_path, monkeypatch):
-    def says(path):
-        with pytest.raises(UserError) as stop:
-            load_vae(path)
-        assert "\n" not in str(stop.value)
-        return str(stop.value)
-
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    assert "holds no VAE" in says(tmp_path / "other.pt")
-    torch.save({"encoder.conv_in.weight": print}, tmp_path / "code.pt")
-    assert "without code" in says(tmp_path / "code.pt")
-    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.pt")
-    state = torch.load(tmp_path / "v.pt", weights_only=True)["state_dict"]
-    del state["encoder.mid.attn_1.q.bias"], state["decoder.conv_in.bias"]
-    state["quant_conv.bias"] = torch.zeros(3)
-    save_file(state, tmp_path / "v.safetensors")
-    message = says(tmp_path / "v.safetensors")
-    assert (
-        'Missing key(s) in state_dict: "encoder.mid.attn_1.q.bias"' in message
-        and "size mismatch for quant_conv.bias" in message
-    )
-    open(tmp_path / "cut.pt", "wb").write(open(tmp_path / "v.pt", "rb").read()[:5000])
-    assert "cut.pt cannot be read" in says(tmp_path / "cut.pt")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "cannot get hf:nobody/nothing" in says("hf:nobody/nothing")
-    assert "is not hf:<owner>/<repository>" in says("hf:nothing")
-
-
-def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
-    """The hub itself cannot be reached in a test: what we ask it for is checked, and that its answer is opened."""
-    import huggingface_hub
-
-    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "sub")
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path)
-    )
-    assert load_vae("hf:owner/name/sub@v2").channels == 4
-    assert asked == [
-        (
-            ("owner/name",),
-            dict(revision="v2", allow_patterns=["sub", "sub/*", "*stats.pt", "config.json"]),
-        )
-    ]
-
-
-def test_in_a_folder_of_several_files_the_vae_is_found_and_its_statistics_count(tmp_path):
-    """REPA-E's repositories hold the discriminator, which sorts before the VAE, and the latents' statistics beside it."""
-    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "sdvae-f8d4.pt")
-    torch.save(
-        {"loss.discriminator.main.0.weight": torch.zeros(1)},
-        tmp_path / "sdvae-f8d4-discriminator-ckpt.pt",
-    )
-    torch.save(
-        dict(latents_scale=torch.full((4,), 0.5), latents_bias=torch.ones(4)),
-        tmp_path / "sdvae-f8d4-latents-stats.pt",
-    )
-    vae = load_vae(tmp_path)
-    assert vae.latent_mean.tolist() == [1] * 4 and vae.latent_std.tolist() == [2] * 4
-
-
-def test_a_sit_trained_on_a_vae_of_the_hub_finds_it_again(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "hub"))
-    sit = models.SiT("S", 2, 4, 8, num_classes=3, depth=1, width=32, heads=1)
-    info = dict(
-        step=1, classes=[], vae_path="hf:owner/vae", vae_hash=load_vae("hf:owner/vae").info["hash"]
-    )
-    write_weights(tmp_path / "sit.safetensors", "sit", sit.state_dict(), sit.config, info)
-    assert (
-        sample.load_pair(tmp_path / "sit.safetensors", None, "cpu")[1].info["hash"]
-        == info["vae_hash"]
-    )
-
-
-def test_command_line(tmp_path, monkeypatch, capsys):
+def save_ldm(folder):
+    """As LDM does: with the loss's weights and the EMA's, and no statistics of the latents."""
     vae = small_vae("f8d4")
-    weights.export_vae(vae, "ldm", tmp_path / "v.pt")
-    monkeypatch.setattr("sys.argv", ["weights.py", "info", str(tmp_path / "v.pt")])
-    weights.main()
-    out = capsys.readouterr().out
-    assert (
-        f"{sum(p.numel() for p in vae.parameters()):,}" in out
-        and "LDM format" in out
-        and "f8d4" in out
-    )
-    monkeypatch.setattr(
-        "sys.argv",
-        ["weights.py", "export", str(tmp_path / "v.pt"), "--to", "diffusers", str(tmp_path / "d")],
-    )
-    weights.main()
-    assert json.load(open(tmp_path / "d" / "config.json"))["latent_channels"] == 4
+    state = own_weights(vae)
+    state["loss.discriminator.main.0.weight"] = torch.zeros(3)
+    state["model_ema.decay"] = torch.zeros(1)
+    torch.save(dict(state_dict=state, global_step=3), folder / "vae.pt")
+    return vae, torch.zeros(4), torch.full((4,), 1 / 0.18215), ["loss", "model_ema"]
 
 
-def test_lpips_is_the_packages(tmp_path):
-    """The lpips package ships the published linear weights; VGG's convolutions are random here, in both."""
-    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    torch.save(theirs.state_dict(), tmp_path / "whole.pth")
-    vgg = {
-        re.sub(r"^net\.slice\d", "features", k): v
-        for k, v in theirs.state_dict().items()
-        if k.startswith("net.")
-    }
-    torch.save(vgg, tmp_path / "vgg.pth")
-    linear = os.path.join(os.path.dirname(lpips.__file__), "weights", "v0.1", "vgg.pth")
-    a, b = torch.rand(2, 2, 3, 64, 48) * 2 - 1
-    with torch.no_grad():
-        want = theirs(a, b).flatten()
-        for files in ([tmp_path / "whole.pth"], [tmp_path / "vgg.pth", linear]):
-            torch.testing.assert_close(models.LPIPS(files)(a, b), want, rtol=1e-4, atol=1e-7)
-    assert want.min() > 1e-4
+def save_repa_e(folder):
+    """As REPA-E does: with bias and scale of the latents in a file that has the VAE's name."""
+    vae = small_vae("f8d4")
+    mean = torch.randn(4)
+    std = torch.rand(4) + 0.5
+    torch.save(own_weights(vae), folder / "vae.pt")
+    statistics = dict(latents_scale=per_channel(1 / std), latents_bias=per_channel(mean))
+    torch.save(statistics, folder / "vae-latents-stats.pt")
+    return vae, mean, std, []
+
+
+def save_lightningdit(folder):
+    """As LightningDiT does: with the vision model's weights and its projection, and the statistics
+    of the latents in a file of their own."""
+    vae = small_vae("f16d32")
+    mean = torch.randn(32)
+    std = torch.rand(32) + 0.5
+    state = own_weights(vae)
+    state["foundation_model.x"] = torch.zeros(2)
+    state["linear_proj.weight"] = torch.zeros(2)
+    torch.save(dict(state_dict=state), folder / "vae.pt")
+    statistics = dict(mean=per_channel(mean), std=per_channel(std))
+    torch.save(statistics, folder / "latents_stats.pt")
+    return vae, mean, std, ["foundation_model", "linear_proj"]
+
+
+@pytest.mark.parametrize("save", [save_ldm, save_repa_e, save_lightningdit])
+def test_published_checkpoints(save, tmp_path):
+    vae, mean, std, ignored = save(tmp_path)
+    again = load_vae(tmp_path / "vae.pt")
+    assert again.info["format"] == "LDM"
+    assert again.info["ignored"] == ignored
+    assert torch.allclose(again.latent_mean, mean)
+    assert torch.allclose(again.latent_std, std)
+    assert_same_weights(again.state_dict(), own_weights(vae))
 
 
 def test_discriminator_comes_out_of_a_training_checkpoint(tmp_path):
     torch.manual_seed(0)
-    disc = models.PatchDiscriminator()
-    torch.save(
-        dict(state_dict={f"loss.discriminator.{k}": v for k, v in disc.state_dict().items()}),
-        tmp_path / "d.ckpt",
-    )
+    expected = models.PatchDiscriminator().state_dict()
+    state = {f"loss.discriminator.{key}": value for key, value in expected.items()}
+    torch.save(dict(state_dict=state), tmp_path / "d.ckpt")
     loaded = published.load_discriminator(tmp_path / "d.ckpt")
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in disc.state_dict().items())
+    assert_same_weights(loaded.state_dict(), expected)
     torch.save(dict(a=torch.zeros(1)), tmp_path / "x.pt")
     with pytest.raises(UserError, match="holds no discriminator"):
         published.load_discriminator(tmp_path / "x.pt")
 
 
-# ---- SiT -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Files, folders, the hub
+
+
+def message_of(path):
+    """The one sentence with which load_vae refuses a path."""
+    with pytest.raises(UserError) as stop:
+        load_vae(path)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def test_a_file_without_a_vae(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "holds no VAE" in message_of(tmp_path / "other.pt")
+
+
+def test_a_file_with_code(tmp_path):
+    torch.save({"encoder.conv_in.weight": print}, tmp_path / "code.pt")
+    assert "without code" in message_of(tmp_path / "code.pt")
+
+
+def test_a_vae_that_does_not_fit(tmp_path):
+    state = own_weights(small_vae("f8d4"))
+    del state["encoder.mid.attn_1.q.bias"]
+    del state["decoder.conv_in.bias"]
+    state["quant_conv.bias"] = torch.zeros(3)
+    save_file(state, tmp_path / "v.safetensors")
+    message = message_of(tmp_path / "v.safetensors")
+    assert 'Missing key(s) in state_dict: "encoder.mid.attn_1.q.bias"' in message
+    assert "size mismatch for quant_conv.bias" in message
+
+
+def test_a_file_that_is_cut(tmp_path):
+    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.pt")
+    data = (tmp_path / "v.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:5000])
+    assert "cut.pt cannot be read" in message_of(tmp_path / "cut.pt")
+
+
+def test_wrong_names_of_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "cannot get hf:nobody/nothing" in message_of("hf:nobody/nothing")
+    assert "is not hf:<owner>/<repository>" in message_of("hf:nothing")
+
+
+def replace_hub(monkeypatch, folder):
+    """Has the hub answer every request with a folder. Returns the list of requests, as positional
+    and keyword arguments of huggingface_hub.snapshot_download."""
+    requests = []
+
+    def snapshot_download(*words, **options):
+        requests.append((words, options))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return requests
+
+
+def test_hub_names_are_fetched_at_their_revision(tmp_path, monkeypatch):
+    """A test cannot reach the hub: it compares what the hub is asked for, and opens its answer."""
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "sub")
+    requests = replace_hub(monkeypatch, tmp_path)
+    assert load_vae("hf:owner/name/sub@v2").channels == 4
+    patterns = ["sub", "sub/*", "*stats.pt", "config.json"]
+    assert requests == [(("owner/name",), dict(revision="v2", allow_patterns=patterns))]
+
+
+def test_a_sit_trained_on_a_vae_of_the_hub_finds_it_again(tmp_path, monkeypatch):
+    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path / "hub")
+    replace_hub(monkeypatch, tmp_path / "hub")
+    vae_hash = load_vae("hf:owner/vae").info["hash"]
+    sit = models.SiT("S", 2, 4, 8, num_classes=3, depth=1, width=32, heads=1)
+    info = dict(step=1, classes=[], vae_path="hf:owner/vae", vae_hash=vae_hash)
+    path = tmp_path / "sit.safetensors"
+    write_weights(path, "sit", sit.state_dict(), sit.config, info)
+    _, vae = sample.load_pair(path, None, "cpu")
+    assert vae.info["hash"] == vae_hash
+
+
+def test_in_a_folder_of_several_files_the_vae_is_found_and_its_statistics_count(tmp_path):
+    """REPA-E's repositories hold the discriminator, which sorts before the VAE, and the statistics
+    of the latents beside it."""
+    weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "sdvae-f8d4.pt")
+    discriminator = {"loss.discriminator.main.0.weight": torch.zeros(1)}
+    torch.save(discriminator, tmp_path / "sdvae-f8d4-discriminator-ckpt.pt")
+    statistics = dict(latents_scale=torch.full((4,), 0.5), latents_bias=torch.ones(4))
+    torch.save(statistics, tmp_path / "sdvae-f8d4-latents-stats.pt")
+    vae = load_vae(tmp_path)
+    assert vae.latent_mean.tolist() == [1] * 4
+    assert vae.latent_std.tolist() == [2] * 4
+
+
+def test_command_line(tmp_path, capsys):
+    vae = small_vae("f8d4")
+    weights.export_vae(vae, "ldm", tmp_path / "v.pt")
+    script(weights, "info", tmp_path / "v.pt")
+    out = capsys.readouterr().out
+    num_parameters = sum(p.numel() for p in vae.parameters())
+    assert f"{num_parameters:,}" in out
+    assert "LDM format" in out
+    assert "f8d4" in out
+    script(weights, "export", tmp_path / "v.pt", "--to", "diffusers", tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["latent_channels"] == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# SiTs
 
 
 def original_sit():
-    """A small network in the original's convention, from ours: learned sigma, t = 0 is noise, v = data - noise."""
+    """A small network of ours -> (network, its state dict in the form of the original SiT's, with a
+    learned variance). The network follows the original's convention: t = 0 is noise, and v = data -
+    noise."""
     torch.manual_seed(0)
     net = models.SiT("S", 2, 4, 8, num_classes=3, depth=2, width=64, heads=1)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    state = {k: v.clone() for k, v in net.state_dict().items()}
+    state = {key: value.clone() for key, value in net.state_dict().items()}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        value = state[name].view(4, 4, -1)
-        state[name] = torch.cat([value, torch.randn_like(value)], 1).reshape(
-            32, *state[name].shape[1:]
-        )
+        velocity = state[name].view(4, 4, -1)  # (pixels, channels, ...)
+        both = torch.cat([velocity, torch.randn_like(velocity)], 1)
+        state[name] = both.reshape(32, *state[name].shape[1:])
     return net.eval(), state
 
 
@@ -376,15 +428,14 @@ def test_original_sit_is_turned_in_time_and_sign(tmp_path):
     net, state = original_sit()
     torch.save(dict(ema=state, model=state, args=argparse.Namespace(a=1)), tmp_path / "sit.pt")
     loaded = load_sit(tmp_path / "sit.pt")
-    x, t, y = (
-        torch.randn(5, 4, 8, 8),
-        torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0]),
-        torch.tensor([0, 1, 2, 3, 0]),
-    )
+    x = torch.randn(5, 4, 8, 8)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0])
+    y = torch.tensor([0, 1, 2, 3, 0])
     with torch.no_grad():
-        want = -net(x, 1 - t, y)
-        assert_near(loaded(x, t, y), want)
-        assert (loaded(x, 1 - t, y) - want).norm() > 0.01 * want.norm()  # the test can fail
+        expected = -net(x, 1 - t, y)
+        assert_near(loaded(x, t, y), expected)
+        # At the wrong time the velocity differs: the test can fail.
+        assert (loaded(x, 1 - t, y) - expected).norm() > 0.01 * expected.norm()
     assert loaded.info["latent_std"] == pytest.approx([1 / 0.18215] * 4)
 
 
@@ -392,136 +443,149 @@ def test_original_sit_draws_the_same_pictures_in_either_convention(tmp_path):
     """Their sampler from noise at t = 0 to data at t = 1, in Euler steps, is ours from 1 to 0."""
     net, state = original_sit()
     torch.save(state, tmp_path / "sit.pt")
-    loaded, noise, y = (
-        load_sit(tmp_path / "sit.pt"),
-        torch.randn(3, 4, 8, 8),
-        torch.tensor([0, 1, 2]),
-    )
+    loaded = load_sit(tmp_path / "sit.pt")
+    noise = torch.randn(3, 4, 8, 8)
+    y = torch.tensor([0, 1, 2])
+
+    def velocity(x, t):
+        return loaded(x, torch.full((3,), t), y)
+
     with torch.no_grad():
         x = noise.double()
         for i in range(10):
             x = x + 0.1 * net(x.float(), torch.full((3,), i / 10), y).double()
-        z = sample.integrate(lambda x, t: loaded(x, torch.full((3,), t), y), noise, "ode", 10)
+        z = sample.integrate(velocity, noise, "ode", 10)
     assert_near(z, x)
 
 
-def test_repa_checkpoints_bring_projector_and_latent_statistics(tmp_path):
+REPA_SIT = dict(
+    size="S",
+    patch=1,
+    channels=32,
+    latent_size=4,
+    num_classes=3,
+    vfm_dim=24,
+    depth=8,
+    width=64,
+    heads=1,
+)
+
+
+@pytest.fixture
+def repa_sit(tmp_path):
+    """-> (network, REPA-E's batch norm of its latents), saved together as repa.pt."""
     torch.manual_seed(0)
-    net = models.SiT("S", 1, 32, 4, num_classes=3, vfm_dim=24, depth=8, width=64, heads=1)
-    bn = {
+    net = models.SiT(**REPA_SIT)
+    batch_norm = {
         "bn.running_mean": torch.randn(32),
         "bn.running_var": torch.rand(32) + 0.5,
         "bn.num_batches_tracked": torch.tensor(5),
     }
-    torch.save(
-        dict(ema={f"module.{k}": v for k, v in (net.state_dict() | bn).items()}),
-        tmp_path / "repa.pt",
-    )
+    ema = {f"module.{key}": value for key, value in (net.state_dict() | batch_norm).items()}
+    torch.save(dict(ema=ema), tmp_path / "repa.pt")
+    return net, batch_norm
+
+
+def test_repa_checkpoints_bring_their_projector(repa_sit, tmp_path):
+    net, _ = repa_sit
     loaded = load_sit(tmp_path / "repa.pt")
-    assert loaded.config["vfm_dim"] == 24 and all(
-        torch.equal(v, loaded.state_dict()[k]) for k, v in net.state_dict().items()
-    )
+    assert loaded.config["vfm_dim"] == 24
+    assert_same_weights(loaded.state_dict(), net.state_dict())
+
+
+def test_repa_checkpoints_bring_latent_statistics(repa_sit, tmp_path):
+    _, batch_norm = repa_sit
     vae = models.VAE("f16d32", 64, **SMALL["f16d32"])
     vae.latent_mean += 7
     weights.export_vae(vae, "diffusers", tmp_path / "vae")
-    sit, vae = sample.load_pair(tmp_path / "repa.pt", tmp_path / "vae", "cpu")
-    torch.testing.assert_close(vae.latent_mean, bn["bn.running_mean"])
-    torch.testing.assert_close(vae.latent_std, (bn["bn.running_var"] + 1e-4).sqrt())
+    _, vae = sample.load_pair(tmp_path / "repa.pt", tmp_path / "vae", "cpu")
+    torch.testing.assert_close(vae.latent_mean, batch_norm["bn.running_mean"])
+    torch.testing.assert_close(vae.latent_std, (batch_norm["bn.running_var"] + 1e-4).sqrt())
     assert vae.resolution == 64
     with pytest.raises(UserError, match="name it with --vae"):
         sample.load_pair(tmp_path / "repa.pt", None, "cpu")
-    state = net.state_dict()
+
+
+def test_a_sit_that_does_not_fit(repa_sit, tmp_path):
+    state = repa_sit[0].state_dict()
     state["blocks.0.attn.q_norm.weight"] = state.pop("blocks.0.attn.qkv.bias")
     torch.save(state, tmp_path / "bad.pt")
-    with pytest.raises(
-        UserError,
-        match='Missing.*"blocks.0.attn.qkv.bias". Unexpected.*"blocks.0.attn.q_norm.weight"',
-    ):
+    message = 'Missing.*"blocks.0.attn.qkv.bias". Unexpected.*"blocks.0.attn.q_norm.weight"'
+    with pytest.raises(UserError, match=message):
         load_sit(tmp_path / "bad.pt")
 
 
-def test_published_pair_through_the_scripts(tmp_path, monkeypatch, pictures):
-    """sample.py --sit and --vae, and train_vae.py --init and --init-disc, on files in the published formats."""
-    monkeypatch.chdir(tmp_path)
+# --------------------------------------------------------------------------------------------------
+# Published files through the scripts
+
+
+@pytest.fixture
+def ldm_vae(inside):
+    """A VAE, saved as kl-f8.ckpt with a discriminator."""
+    vae = small_vae("f8d4")
+    state = own_weights(vae)
+    for key, value in models.PatchDiscriminator().state_dict().items():
+        state[f"loss.discriminator.{key}"] = value
+    torch.save(dict(state_dict=state), "kl-f8.ckpt")
+    return vae
+
+
+def test_sample_takes_a_published_pair(ldm_vae):
     _, state = original_sit()
     torch.save(dict(ema=state, model=state), "SiT.pt")
-    vae = small_vae("f8d4")
-    disc = {
-        f"loss.discriminator.{k}": v for k, v in models.PatchDiscriminator().state_dict().items()
-    }
-    torch.save(
-        dict(
-            state_dict={k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
-            | disc
-        ),
-        "kl-f8.ckpt",
-    )
-    script(
-        sample,
-        "--sit",
-        "SiT.pt",
-        "--vae",
-        "kl-f8.ckpt",
-        "--num",
-        3,
-        "--steps",
-        3,
-        "--out",
-        "x.npz",
-        "--precision",
-        "fp32",
-    )
+    words = "--sit SiT.pt --vae kl-f8.ckpt --num 3 --steps 3 --out x.npz --precision fp32"
+    script(sample, *words.split())
     with np.load("x.npz") as file:
-        assert file["arr_0"].shape == (3, 64, 64, 3) and '"sit_hash"' in str(file["settings"])
-    script(
-        train_vae,
-        "--init",
-        "kl-f8.ckpt",
-        "--init-disc",
-        "kl-f8.ckpt",
-        "--data",
-        pictures,
-        "--resolution",
-        32,
-        "--align",
-        "none",
-        "--lpips",
-        0,
-        "--batch-size",
-        4,
-        "--steps",
-        1,
-        "--lr",
-        0,
-        "--workers",
-        0,
-    )
-    trained = load_vae("runs/vae").state_dict()
-    assert all(
-        torch.equal(v, trained[k])
-        for k, v in vae.state_dict().items()
-        if not k.startswith("latent_")
-    )
+        assert file["arr_0"].shape == (3, 64, 64, 3)
+        assert '"sit_hash"' in str(file["settings"])
 
 
-# ---- vision models ---------------------------------------------------------------------------------------------------
+def test_train_vae_starts_from_a_published_vae_and_discriminator(ldm_vae, pictures):
+    words = "--init kl-f8.ckpt --init-disc kl-f8.ckpt --resolution 32 --align none --lpips 0"
+    words += " --batch-size 4 --steps 1 --lr 0 --workers 0"
+    script(train_vae, *words.split(), "--data", pictures)
+    assert_same_weights(load_vae("runs/vae").state_dict(), own_weights(ldm_vae))
+
+
+# --------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+def test_lpips_is_the_packages(tmp_path):
+    """The lpips package ships the published linear weights; VGG's convolutions are random here, in
+    both networks."""
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "whole.pth")
+    vgg = {}
+    for key, value in theirs.state_dict().items():
+        if key.startswith("net."):
+            vgg[re.sub(r"^net\.slice\d", "features", key)] = value
+    torch.save(vgg, tmp_path / "vgg.pth")
+    linear = os.path.join(os.path.dirname(lpips.__file__), "weights", "v0.1", "vgg.pth")
+    a, b = torch.rand(2, 2, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        expected = theirs(a, b).flatten()
+        for files in ([tmp_path / "whole.pth"], [tmp_path / "vgg.pth", linear]):
+            torch.testing.assert_close(models.LPIPS(files)(a, b), expected, rtol=1e-4, atol=1e-7)
+    assert expected.min() > 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
+# Vision models
 
 
 @pytest.mark.parametrize("name", sorted(models.VFM_NAMES))
 def test_short_names_have_the_papers_grids(name):
-    """16x16 tokens at 256 px, 32x32 at 512, without building the weights (meta tensors)."""
+    """16x16 tokens at 256 px and 32x32 at 512, without memory for the weights."""
+    timm_name = models.VFM_NAMES[name]
     with torch.device("meta"):
-        net = timm.create_model(models.VFM_NAMES[name], pretrained=False)
-        patch = net.patch_embed.patch_size[0]
+        patch = timm.create_model(timm_name, pretrained=False).patch_embed.patch_size[0]
         for pixels, grid in ((256, 16), (512, 32)):
-            net = timm.create_model(
-                models.VFM_NAMES[name], pretrained=False, img_size=pixels // 16 * patch
-            )
-            tokens = net.forward_features(
-                torch.zeros(1, 3, pixels // 16 * patch, pixels // 16 * patch)
-            )
+            size = pixels // 16 * patch
+            net = timm.create_model(timm_name, pretrained=False, img_size=size)
+            tokens = net.forward_features(torch.zeros(1, 3, size, size))
             assert tokens.shape[1] - net.num_prefix_tokens == grid**2
-    assert timm.models.is_model_pretrained(models.VFM_NAMES[name])
+    assert timm.models.is_model_pretrained(timm_name)
 
 
 @pytest.mark.parametrize(
@@ -537,22 +601,28 @@ def test_short_names_have_the_papers_grids(name):
     ],
 )
 def test_vfm_tokens_are_timms_without_prefix(name, tmp_path):
-    """Class token, registers, none (SigLIP, pooled by the mean), CNNs; on networks with random weights."""
+    """Models with a class token, with registers, with neither (SigLIP, pooled by the mean), and
+    CNNs, all of random weights."""
     torch.manual_seed(0)
     net = timm.create_model(name).eval()
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors")
-    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    state = {key: value.contiguous() for key, value in net.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
     vfm = models.VFM(name, tmp_path / "w.safetensors", 64, grid=4)
-    size = vfm.input_size
+    assert vfm.grid == 4
+
+    x = random_images(2)
+    size = (vfm.input_size, vfm.input_size)
     with torch.no_grad():
-        scaled = (torch.nn.functional.interpolate(x, (size, size), mode="bicubic") + 1) / 2
-        want = vfm.model.forward_features((scaled - vfm.mean) / vfm.std)
-        want = (
-            want.flatten(2).transpose(1, 2)
-            if want.ndim == 4
-            else want[:, getattr(net, "num_prefix_tokens", 0) :]
-        )
-        assert vfm.grid == 4 and torch.equal(vfm(x), want)
-    same = {k for k, v in net.state_dict().items() if v.shape == vfm.model.state_dict()[k].shape}
-    assert all(torch.equal(net.state_dict()[k], vfm.model.state_dict()[k]) for k in same)
-    assert set(net.state_dict()) - same <= {"pos_embed"}
+        x_01 = (F.interpolate(x, size, mode="bicubic") + 1) / 2
+        features = vfm.model.forward_features((x_01 - vfm.mean) / vfm.std)
+        if features.ndim == 4:  # a CNN's (B,D,h,w)
+            expected = features.flatten(2).transpose(1, 2)
+        else:
+            expected = features[:, getattr(net, "num_prefix_tokens", 0) :]
+        assert torch.equal(vfm(x), expected)
+
+    loaded = vfm.model.state_dict()
+    resized = {key for key, value in state.items() if value.shape != loaded[key].shape}
+    assert resized <= {"pos_embed"}
+    for key in set(state) - resized:
+        assert torch.equal(state[key], loaded[key]), key
