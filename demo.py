@@ -1,12 +1,13 @@
-"""All of Send-VAE in five to ten minutes on two CPU cores, with nothing downloaded. Also the tutorial: each command it runs is
-printed first, and can be typed by hand.
+"""All of Send-VAE in five to ten minutes on two CPU cores, with nothing downloaded. It is also the
+tutorial: each command is printed before it runs, and can be typed by hand.
 
-    python demo.py                                  # draws 6,600 pictures of objects, trains every stage on them
-    python demo.py --data my_pictures               # the same on a folder of <class>/<picture>
-    python demo.py --vfm vit_small_patch14_dinov2.lvd142m       # a real vision model from the hub instead of the stand-in
+    python demo.py                        # on 6,600 pictures of objects that it draws itself
+    python demo.py --data my_pictures     # the same on your own folder of <class>/<picture>
+    python demo.py --vfm vit_small_patch14_dinov2.lvd142m     # with a real vision model, downloaded
 
-It trains a Send-VAE, the same VAE without alignment, a SiT on the latents of each, draws samples with guidance, and ends
-with one picture, runs/demo/demo.png, and a table. What is done is not done again; delete runs/demo to start over.
+It trains a Send-VAE, the same VAE without alignment, and a SiT on the latents of each. Then it
+draws samples with guidance and ends with one picture, runs/demo/demo.png, and a table. Rerun it to
+resume: what is done is not done again. Delete runs/demo to start over.
 """
 
 import argparse
@@ -28,16 +29,32 @@ from tools import stand_in
 from tools.pictures import draw_pictures
 
 OUT = "runs/demo"
-SIZE = 32  # of pictures; latents and the vision model's tokens are 8 x 8
-VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1 --recon l1 --lpips 0 --gan 0
-    --mapper-patch 1 --mapper-width 128 --mapper-hidden 256 --batch-size 8 --lr 2e-3 --lr-schedule cosine
-    --warmup 50 --ema 0.98 --stats-images 2000 --val-images 400 --workers 1"""
-SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip --batch-size 32 --lr 1.5e-3
-    --lr-schedule cosine --warmup 50 --ema 0.995 --sample-every 2400 --workers 1"""
-STEPS = dict(
-    bf16=(1000, 5600), fp32=(600, 2400)
-)  # VAE, SiT: what ten minutes hold with and without fast bf16
+LOG = f"{OUT}/log.txt"
+STAND_IN = f"{OUT}/stand_in.safetensors"
+
+# The two VAEs that are compared: name in paths, title.
+VAES = {"send": "Send-VAE", "plain": "no alignment"}
+
+# Pictures are 32 x 32; latents and the vision model's patch tokens are 8 x 8.
+SIZE = 32
+
+# A small VAE whose 8 x 8 latents have 8 channels (f4d8), and a mapper from each latent to a token.
+# Its perceptual and adversarial losses are off: their networks are larger than the VAE itself.
+VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1
+    --recon l1 --lpips 0 --gan 0 --mapper-patch 1 --mapper-width 128 --mapper-hidden 256
+    --batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup 50 --ema 0.98
+    --stats-images 2000 --val-images 400 --workers 1"""
+
+# A small SiT without REPA, so that the two SiTs differ in nothing but their latents.
+SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip
+    --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup 50 --ema 0.995
+    --sample-every 2400 --workers 1"""
+
+# 40 steps of the ODE, with guidance all the way from noise to data.
 SAMPLE_FLAGS = "--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 4 --interval 0 1"
+
+# Training steps of the VAE and of the SiT that fit into ten minutes, with and without fast bf16.
+STEPS = {"bf16": (1000, 5600), "fp32": (600, 2400)}
 
 
 def parse_arguments():
@@ -54,180 +71,203 @@ def parse_arguments():
     return parse_flags(p)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tutorial
-
-
-def command(script, flags, **paths):
-    """The words of a stage's command, as one would type them after `python`."""
-    named = [
-        w for k, v in paths.items() if v is not None for w in (f"--{k.replace('_', '-')}", str(v))
-    ]
-    return [script, *named, *flags.split()]
-
-
-def call(*commands):
-    """Runs commands side by side, each with its share of the cores: small networks gain little from a second one. The
-    first writes to the terminal, the others to a log. Finished stages say so and return at once."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    share = max(1, available_cores() // len(commands))
-    running = []
-    for i, words in enumerate(commands):
-        print(
-            f"\n$ python {shlex.join(words)}"
-            + (f"      # beside it; its output: {OUT}/log.txt" if i else ""),
-            flush=True,
-        )
-        out = open(f"{OUT}/log.txt", "a") if i else None
-        running.append(
-            subprocess.Popen(
-                [sys.executable, os.path.join(here, words[0]), *words[1:]],
-                stdout=out,
-                stderr=out,
-                env=dict(os.environ, OMP_NUM_THREADS=str(share)),
-            )
-        )
-    for i, process in enumerate(running):
-        if process.wait():
-            for other in running:
-                other.kill()
-            if i:
-                print(
-                    f"demo.py: error: {shlex.join(commands[i])} failed; its output is in {OUT}/log.txt",
-                    file=sys.stderr,
-                )
-            sys.exit(process.returncode)
-
-
-def last(folder, key):
-    """The last value of a measurement in a run's metrics.jsonl, or None."""
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        return ([json.loads(line)[key] for line in file if f'"{key}"' in line] or [None])[-1]
-
-
-@torch.no_grad()
-def reconstruct(folder, pictures):
-    """uint8 (B,3,S,S) -> uint8 (B,3,S,S) through the VAE of a run's folder."""
-    vae = load_vae(folder)
-    return to_uint8(vae.decode(vae.encode(from_uint8(pictures))[0]))
+# --------------------------------------------------------------------------------------------------
+# The tutorial, a function for each chapter
 
 
 def main():
     args = parse_arguments()
-    device, start = setup("cpu"), time.time()
-    if args.data:
-        train = val = args.data
-    else:
-        draw_pictures(f"{OUT}/pictures", SIZE)
-        train, val = f"{OUT}/pictures/train", f"{OUT}/pictures/val"
-    data, held_out = ImageSet(train), ImageSet(val)
+    start = time.time()
+    device = setup("cpu")
+    vae_steps, sit_steps = STEPS[resolve_precision("auto", device)]
 
-    weights = f"{OUT}/stand_in.safetensors"
-    if not os.path.exists(weights):
+    train, val = prepare_pictures(args)
+    train_set = ImageSet(train)
+    val_set = ImageSet(val)
+    vfm_flags = prepare_vision_model(args, train_set, val_set)
+    train_vaes(train, val, vfm_flags, vae_steps)
+    train_sits(train, sit_steps)
+    draw_samples()
+    save_picture(val_set, train_set.classes)
+    print_table(train_set.classes)
+
+    print(f"\n{time.time() - start:.0f} s. Next: python sample.py --cfg 1.5")
+    print("For your own pictures see README.md")
+
+
+def prepare_pictures(args):
+    """1. Pictures, in ImageNet's layout, <class>/<picture>. -> folders to train on and to test on.
+
+    Each of ours shows an object: its shape is its class; its colour, texture, background and pose
+    are attributes, which `python probe.py` predicts from the latents."""
+    print("\n1. Pictures", flush=True)
+    if args.data is not None:
+        return args.data, args.data
+    draw_pictures(f"{OUT}/pictures", SIZE)
+    return f"{OUT}/pictures/train", f"{OUT}/pictures/val"
+
+
+def prepare_vision_model(args, train_set, val_set):
+    """2. The vision model whose patch tokens the mapper predicts. -> the flags that select it.
+
+    The stand-in is trained in any case, because it also judges the samples at the end."""
+    print("\n2. Vision model", flush=True)
+    if not os.path.exists(STAND_IN):
         print(
-            f"\nNo pre-trained vision model can be had offline: a stand-in ({stand_in.NAME}) is trained on these pictures. It "
-            "knows only them;\n`--vfm NAME` takes a real one from the hub.",
+            f"Nothing is downloaded: a stand-in ({stand_in.NAME}) is trained on these pictures.\n"
+            "It knows nothing else; `--vfm NAME` takes a real model from the hub.",
             flush=True,
         )
-        stand_in.fit(data, held_out, SIZE, weights)
-    teacher = dict(vfm=stand_in.NAME, vfm_weights=weights, vfm_stride=stand_in.STRIDE)
-    if args.vfm:
-        teacher = dict(vfm=args.vfm, vfm_weights=args.vfm_weights, vfm_stride=args.vfm_stride)
+        stand_in.fit(train_set, val_set, SIZE, STAND_IN)
+    if args.vfm is None:
+        return f"--vfm {stand_in.NAME} --vfm-weights {STAND_IN} --vfm-stride {stand_in.STRIDE}"
+    flags = f"--vfm {shlex.quote(args.vfm)}"
+    if args.vfm_weights is not None:
+        flags += f" --vfm-weights {shlex.quote(args.vfm_weights)}"
+    if args.vfm_stride is not None:
+        flags += f" --vfm-stride {args.vfm_stride}"
+    return flags
 
-    names = dict(send="Send-VAE", plain="no alignment")
-    vae_steps, sit_steps = STEPS[resolve_precision("auto", device)]
-    call(
-        command(
-            "train_vae.py",
-            VAE_FLAGS,
-            data=train,
-            val=val,
-            steps=vae_steps,
-            out=f"{OUT}/vae_send",
-            **teacher,
-        ),
-        command(
-            "train_vae.py",
-            VAE_FLAGS,
-            data=train,
-            val=val,
-            steps=vae_steps,
-            out=f"{OUT}/vae_plain",
-            align="none",
-        ),
-    )
-    call(
-        *(
-            command(
-                "train_sit.py",
-                SIT_FLAGS,
-                data=train,
-                vae=f"{OUT}/vae_{n}",
-                steps=sit_steps,
-                out=f"{OUT}/sit_{n}",
-            )
-            for n in names
-        )
-    )
-    if not all(os.path.exists(f"{OUT}/samples_{n}.npz") for n in names):
-        call(
-            *(
-                command(
-                    "sample.py",
-                    SAMPLE_FLAGS + " --overwrite",
-                    sit=f"{OUT}/sit_{n}",
-                    out=f"{OUT}/samples_{n}.npz",
-                )
-                for n in names
-            )
-        )
 
-    chosen = np.linspace(0, len(held_out) - 1, 12).astype(int)
-    originals = held_out.stack(chosen, SIZE)
-    rows, classes = (
-        [originals, *(reconstruct(f"{OUT}/vae_{name}", originals) for name in names)],
-        len(data.classes),
+def train_vaes(train, val, vfm_flags, steps):
+    """3. Stage 1: two VAEs from scratch. The second differs in nothing but the alignment loss."""
+    print("\n3. Stage 1, the VAEs", flush=True)
+    data = f"--data {shlex.quote(train)} --val {shlex.quote(val)} --steps {steps}"
+    run_side_by_side(
+        f"train_vae.py {data} --out {OUT}/vae_send {vfm_flags} {VAE_FLAGS}",
+        f"train_vae.py {data} --out {OUT}/vae_plain --align none {VAE_FLAGS}",
     )
-    table = []
-    for name, title in names.items():
-        with np.load(f"{OUT}/samples_{name}.npz") as file:
-            pictures, labels = (
-                torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2),
-                torch.from_numpy(file["labels"]),
-            )
-        for k in range(4):  # 4 rows; class j fills the columns 2j and 2j+1
-            rows.append(
-                torch.stack(
-                    [pictures[labels == j % classes][2 * k + i] for j in range(6) for i in (0, 1)]
-                )
-            )
-        told = (
-            stand_in.accuracy(weights, pictures, labels, classes) if classes > 1 else float("nan")
-        )
-        table.append(
-            (
-                title,
-                last(f"{OUT}/vae_{name}", "val_psnr"),
-                last(f"{OUT}/vae_{name}", "val_align"),
-                told,
-            )
-        )
+
+
+def train_sits(train, steps):
+    """4. Stage 2: the same SiT on the latents of each VAE."""
+    print("\n4. Stage 2, the SiTs", flush=True)
+    data = f"--data {shlex.quote(train)} --steps {steps}"
+    run_side_by_side(
+        f"train_sit.py {data} --vae {OUT}/vae_send --out {OUT}/sit_send {SIT_FLAGS}",
+        f"train_sit.py {data} --vae {OUT}/vae_plain --out {OUT}/sit_plain {SIT_FLAGS}",
+    )
+
+
+def draw_samples():
+    """5. A set of samples from each SiT, the classes equally often."""
+    print("\n5. Samples", flush=True)
+    if all(os.path.exists(f"{OUT}/samples_{name}.npz") for name in VAES):
+        print("The sets are complete.")
+        return
+    run_side_by_side(
+        f"sample.py --sit {OUT}/sit_send --out {OUT}/samples_send.npz {SAMPLE_FLAGS} --overwrite",
+        f"sample.py --sit {OUT}/sit_plain --out {OUT}/samples_plain.npz {SAMPLE_FLAGS} --overwrite",
+    )
+
+
+def save_picture(val_set, classes):
+    """6. One picture of everything, 12 columns wide."""
+    chosen = np.linspace(0, len(val_set) - 1, 12).astype(int)
+    originals = val_set.stack(chosen, SIZE)  # (12,3,32,32)
+    rows = [originals]
+    for name in VAES:
+        rows.append(reconstruct(f"{OUT}/vae_{name}", originals))
+    for name in VAES:
+        pictures, labels = load_samples(name)
+        rows += sample_rows(pictures, labels, len(classes))
     save_grid(f"{OUT}/demo.png", rows)
     print(
-        f"\n{OUT}/demo.png: originals; reconstructions of {names['send']} and of the VAE with {names['plain']}; then 4 rows of "
-        f"samples of\neach, two columns a class: {', '.join(data.classes[:6])}\n"
+        f"\n6. {OUT}/demo.png: originals; reconstructions of {VAES['send']} and of the VAE with "
+        f"{VAES['plain']};\nthen 4 rows of samples of each, two columns a class: "
+        f"{', '.join(classes[:6])}"
     )
-    print(
-        f"{'VAE':14} {'PSNR, dB':>9} {'1 - cosine':>11} {'samples told as their class by the stand-in':>45}"
-    )
-    for title, psnr, align, told in table:
-        print(f"{title:14} {psnr:9.2f} {f'{align:11.3f}' if align else '          -'} {told:45.1%}")
-    print(
-        "\nThe stand-in is also what Send-VAE was aligned to, so its verdict on the samples is not impartial."
-    )
-    print(
-        f"{time.time() - start:.0f} s. Next: python sample.py --cfg 1.5; your own pictures: see README.md"
-    )
+
+
+def print_table(classes):
+    """7. The numbers: what alignment costs (PSNR) and what it gives (recognisable samples)."""
+    title_of_share = "samples classified as their class by the stand-in"
+    print(f"\n{'VAE':14} {'PSNR, dB':>9} {'1 - cosine':>11} {title_of_share:>51}")
+    for name, title in VAES.items():
+        psnr = last_measurement(f"{OUT}/vae_{name}", "val_psnr")
+        align = last_measurement(f"{OUT}/vae_{name}", "val_align")
+        align_text = "-" if align is None else f"{align:.3f}"
+        share = float("nan")
+        if len(classes) > 1:
+            pictures, labels = load_samples(name)
+            share = stand_in.accuracy(STAND_IN, pictures, labels, len(classes))
+        print(f"{title:14} {psnr:9.2f} {align_text:>11} {share:51.1%}")
+    print("\nSend-VAE was aligned to the stand-in, so the stand-in's judgement is not impartial.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Running commands, and reading what they write
+
+
+def run_side_by_side(*commands):
+    """Prints commands such as "train_vae.py --steps 10" and runs them at once, each on its share of
+    the cores: small networks gain little from a second core.
+
+    The first writes to the terminal, the others to a log. If one fails, so does the demo. A stage
+    that has finished before says so and returns at once."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    cores = max(1, available_cores() // len(commands))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    running = []
+    with open(LOG, "a") as log:
+        for number, command in enumerate(commands):
+            words = shlex.split(command)
+            note = "" if number == 0 else f"      # at the same time; its output is in {LOG}"
+            print(f"\n$ python {shlex.join(words)}{note}", flush=True)
+            output = None if number == 0 else log
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, os.path.join(here, words[0]), *words[1:]],
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                )
+            )
+    for number, process in enumerate(running):
+        if process.wait() != 0:
+            for other in running:
+                other.kill()
+            if number > 0:
+                failed = " ".join(shlex.split(commands[number]))
+                print(f"demo.py: error: {failed} failed; see {LOG}", file=sys.stderr)
+            sys.exit(process.returncode)
+
+
+@torch.no_grad()
+def reconstruct(folder, pictures):
+    """uint8 (B,3,S,S) -> uint8 (B,3,S,S), through the VAE of a run's folder."""
+    vae = load_vae(folder)
+    mean, _ = vae.encode(from_uint8(pictures))
+    return to_uint8(vae.decode(mean))
+
+
+def load_samples(name):
+    """-> the samples drawn for one of VAES, uint8 (N,3,32,32), and their labels (N,)."""
+    with np.load(f"{OUT}/samples_{name}.npz") as file:
+        pictures = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(file["labels"])
+    return pictures, labels
+
+
+def sample_rows(pictures, labels, classes):
+    """-> 4 rows of 12 pictures, uint8 (12,3,32,32): class j fills the columns 2j and 2j+1."""
+    rows = []
+    for k in range(4):
+        columns = []
+        for column_pair in range(6):
+            of_class = pictures[labels == column_pair % classes]
+            columns += [of_class[2 * k], of_class[2 * k + 1]]
+        rows.append(torch.stack(columns))
+    return rows
+
+
+def last_measurement(folder, key):
+    """-> the last value of a measurement in a run's metrics.jsonl, None if it was never taken."""
+    value = None
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        for line in file:
+            value = json.loads(line).get(key, value)
+    return value
 
 
 if __name__ == "__main__":
