@@ -351,6 +351,7 @@ def make_lpips():
     for i, width in enumerate((2, 3, 4, 2, 2)):
         state[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1)
     torch.save(state, "new.pth")
+    # This format holds memory addresses, which differ between two runs of this program.
     torch.save(state, "old.pth", _use_new_zipfile_serialization=False)
     save_file(state, "plain.safetensors")
 
