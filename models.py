@@ -111,6 +111,7 @@ def maybe_checkpoint(recompute, function, *inputs):
 
 
 def group_norm(channels, groups):
+    """Group norm with LDM's eps; PyTorch's default is 1e-5."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
