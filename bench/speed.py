@@ -184,10 +184,13 @@ def write_random_lpips(path):
     """Writes a file of random weights that models.LPIPS reads, and returns its path."""
     from torchvision.models import vgg16
 
+    with torch.device("meta"):
+        shapes = vgg16().features.state_dict()
     state = {}
-    for name, value in vgg16().state_dict().items():
-        if name.startswith("features"):
-            state[name] = value
+    for name, value in shapes.items():
+        state[f"features.{name}"] = torch.zeros(value.shape)
+        if value.ndim == 4:
+            nn.init.kaiming_normal_(state[f"features.{name}"], mode="fan_out")
     for i, width in enumerate((64, 128, 256, 512, 512)):
         state[f"lin{i}"] = torch.rand(1, width, 1, 1)
     torch.save(state, path)
