@@ -541,7 +541,7 @@ def build_networks(args, device, precision):
     """Builds the networks that the flags ask for. The global random generator is for initial
     weights only, so it is seeded before each network; all other draws are common.draws'.
     """
-    layout = conv_memory_format(device, precision)
+    layout = conv_memory_format(device, precision, training=True)
     torch.manual_seed(args.seed)
     vae = build_vae(args)
     vfm = mapper = lpips = discriminator = None

@@ -272,7 +272,7 @@ def moved_run(options, tolerance):
     ]
 
     def leg(out, steps, device, layout):
-        def memory_format(*_):
+        def memory_format(*_, **__):
             return formats[layout]
 
         with without_tf32(), mock.patch.object(train_vae, "conv_memory_format", memory_format):

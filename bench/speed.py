@@ -111,7 +111,7 @@ def plain_step(guard, losses, step):
     return norms[0]
 
 
-def plain_memory_format(device, precision="fp32"):
+def plain_memory_format(device, precision="fp32", training=False):
     return torch.contiguous_format
 
 

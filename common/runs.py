@@ -454,14 +454,11 @@ class RunLog:
         self.bar.update()
 
     def sums(self):
-        """The unfinished sums for a checkpoint: means over the processes, so that any number of
-        them can resume.
-        """
-        return dict(
-            bad_steps=self.running["bad_steps"],
-            sums=_means_over_processes(self.running["sums"]),
-            counts=self.running["counts"],
-        )
+        """The unfinished sums for a checkpoint. They become their means over the processes, here as
+        in a run that resumes from the checkpoint with any number of processes."""
+        self.running["sums"] = _means_over_processes(self.running["sums"])
+        copies = dict(sums=dict(self.running["sums"]), counts=dict(self.running["counts"]))
+        return dict(copies, bad_steps=self.running["bad_steps"])
 
     def line(self, step):
         """Writes the mean of each loss since the last line, over all processes, and the pictures a
