@@ -131,7 +131,7 @@ class Judge:
         self.classifier = load_classifier(args.classifier)
         self.vfm = VFM(args.vfm, args.vfm_weights, args.size, args.grid, args.vfm_stride)
         pictures = fid.Pictures(os.path.join(args.data, "train"), args.real, args.size)
-        # The file's name tells the pictures and both networks.
+        # The file's name identifies the pictures and both networks.
         hashes = [
             pictures.set.fingerprint[:8],
             state_hash(self.classifier.state_dict())[:8],
