@@ -15,8 +15,8 @@ import re
 from collections import OrderedDict
 
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError, first_line, load_strictly, read_weights, reading

@@ -26,7 +26,7 @@ def weighted_sum(losses, args):
 
 
 def passes(batch, count):
-    """Cuts a step's batch on this process, {name: tensor of b rows}, into `count` parts of b / count
+    """Cuts a step's batch on this process, {name: tensor (b,...)}, into `count` parts of b / count
     rows each, one for each forward pass."""
     chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
     return [{name: chunks[name][i] for name in batch} for i in range(count)]
