@@ -552,6 +552,8 @@ def list_checks(options):
         # These differ from others in a batch size, a number of workers or a flag of cuDNN only.
         repeated = {"vae-fits", "vae-64", "vae-64-eager", "vae-32-benchmark", "loaders-16"}
         checks = [check for check in checks if check.name not in repeated]
+        # A rehearsal may share its cores with other work.
+        checks = [check._replace(limit=5 * check.limit) for check in checks]
     return checks
 
 
@@ -720,10 +722,14 @@ def process_context():
     """How processes are started: forked, which spares each the seconds of imports. If an import has
     asked for CUDA, a forked process could not use it, so that each must begin anew."""
     fork = multiprocessing.get_context("fork")
-    with fork.Pool(1) as pool:
-        if pool.apply(torch.cuda._is_in_bad_fork):
-            return multiprocessing.get_context("spawn")
-    return fork
+    trial = fork.Process(target=exit_with_1_in_bad_fork)
+    trial.start()
+    trial.join()
+    return fork if trial.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def exit_with_1_in_bad_fork():
+    os._exit(int(torch.cuda._is_in_bad_fork()))
 
 
 def run_checks(checks, options, folder, total_limit, done):
