@@ -1,96 +1,138 @@
-"""How a measure of VAEs goes with the FID of the models trained on their latents: correlations, and a scatter plot."""
+"""How a measure of VAEs is related to the FID of the models that were trained on their latents:
+correlations, and a scatter plot of each measure."""
 
+import math
 import os
 
 import numpy as np
-from PIL import Image, ImageDraw
 from scipy.stats import rankdata
 
 from common.files import UserError, writing
 from common.processes import say
 from probing.benchmarks import read_lines
 
+PANEL_INCHES = (4.0, 3.4)
+DOTS_PER_INCH = 100
+
+
+def short_name(vae):
+    """The last part of a VAE's path."""
+    return os.path.basename(vae.rstrip("/"))
+
 
 def read_gfid(path, vaes):
-    """csv of <VAE>,<FID> -> {VAE: FID} of `vaes`, named as in the command or by the last part of it."""
+    """Reads a .csv with a line `<VAE>,<FID>` for each VAE, which is named as in `vaes` or by the
+    last part of its path. -> {VAE: FID} of `vaes`. Raises UserError if one of them has no FID, or
+    they are fewer than three."""
     table = {}
     for number, line in read_lines(path):
-        name, _, value = (w.strip() for w in line.partition(","))
+        name, _, value = line.partition(",")
         try:
-            table[name] = float(value)
+            table[name.strip()] = float(value)
         except ValueError:
-            if number > 1:  # the first may be a header
+            # The first line may be a header.
+            if number > 1:
                 raise UserError(f"{path}, line {number}: '{line}' is not <VAE>,<FID>") from None
-    fids = {v: table.get(v, table.get(os.path.basename(v.rstrip("/")), np.nan)) for v in vaes}
-    lack = [v for v in vaes if not np.isfinite(fids[v])]
-    if lack or len(fids) < 3:
+    fids = {vae: table.get(vae, table.get(short_name(vae), np.nan)) for vae in vaes}
+    if len(fids) < 3:
         raise UserError(
-            f"--gfid {path}: a correlation needs three VAEs or more, and the FID of each"
-            + (f"; {', '.join(lack)} has none" if lack else "")
+            f"--gfid {path}: a correlation needs three VAEs or more; give them with --vae"
+        )
+    without = [vae for vae in vaes if not np.isfinite(fids[vae])]
+    if without:
+        raise UserError(
+            f"--gfid {path}: a correlation needs the FID of every VAE, and "
+            f"{', '.join(without)} has none"
         )
     return fids
 
 
+# --------------------------------------------------------------------------------------------------
+# Correlations
+
+
+def varies(values):
+    return np.ptp(values) != 0
+
+
+def pearson(x, y):
+    return np.corrcoef(x, y)[0, 1]
+
+
+def spearman(x, y):
+    return np.corrcoef(rankdata(x), rankdata(y))[0, 1]
+
+
 def correlate(x, y, seed, count=2000):
-    """-> Pearson's and Spearman's correlation, each [value, low, high]: 95% intervals over resampled VAEs."""
-    picks = np.vstack(
-        [np.arange(len(x)), np.random.default_rng(seed).integers(0, len(x), (count, len(x)))]
-    )
-    if not np.ptp(x) or not np.ptp(y):
-        return dict(Pearson=[0.0] * 3, Spearman=[0.0] * 3)
-    pairs = [
-        (x, y) for x, y in zip(np.array(x)[picks], np.array(y)[picks]) if np.ptp(x) and np.ptp(y)
-    ]
-    found = dict(
-        Pearson=[np.corrcoef(x, y)[0, 1] for x, y in pairs],
-        Spearman=[np.corrcoef(rankdata(x), rankdata(y))[0, 1] for x, y in pairs],
-    )
-    return {
-        name: [float(v[0]), *np.quantile(v, [0.025, 0.975]).tolist()] for name, v in found.items()
-    }
+    """Pearson's and Spearman's correlation of x and y, which hold a number for each of V VAEs.
+
+    -> {"Pearson": [value, low, high], "Spearman": the same}, with 95% intervals over `count` seeded
+    bootstrap draws of the VAEs. Numbers that are all equal have no correlation: that of all VAEs
+    then counts as 0, and such a draw is left out."""
+    x = np.array(x)
+    y = np.array(y)
+    if not varies(x) or not varies(y):
+        return {"Pearson": [0.0, 0.0, 0.0], "Spearman": [0.0, 0.0, 0.0]}
+    draws = np.random.default_rng(seed).integers(0, len(x), (count, len(x)))
+    # The first is all VAEs as they are.
+    draws = np.vstack([np.arange(len(x)), draws])
+    draws = [draw for draw in draws if varies(x[draw]) and varies(y[draw])]
+    correlations = {}
+    for name, function in (("Pearson", pearson), ("Spearman", spearman)):
+        values = [function(x[draw], y[draw]) for draw in draws]
+        low, high = np.quantile(values, [0.025, 0.975]).tolist()
+        correlations[name] = [float(values[0]), low, high]
+    return correlations
 
 
 def report(results, fids, out, seed):
-    """results {benchmark: {measure: {VAE: [value, ...]}}}, FIDs {VAE: FID} -> {"benchmark, measure": correlations}, also said;
-    out/correlation.png has a panel for each."""
-    found, panels = {}, []
-    for bench, measures in results.items():
-        for name, row in measures.items():
-            x, y = [row[vae][0] for vae in fids], list(fids.values())
-            both = found[f"{bench}, {name}"] = correlate(x, y, seed)
-            words = ", ".join(
-                f"{k} {v:.3f} [{low:.3f},{high:.3f}]" for k, (v, low, high) in both.items()
-            )
-            say(f"FID and {bench}, {name}: {words}")
-            panels.append((f"{bench}, {name}\n{words}", x, y))
-    draw_scatter(
-        os.path.join(out, "correlation.png"),
-        panels,
-        [os.path.basename(v.rstrip("/")) for v in fids],
-    )
+    """Prints the correlation of every measure with FID, and draws out/correlation.png.
+
+    results: {benchmark: {measure: {VAE: [value, ...]}}}. fids: {VAE: FID}
+    -> {"benchmark, measure": the correlations, as `correlate` returns them}"""
+    found = {}
+    panels = []
+    for benchmark, measures in results.items():
+        for measure, values in measures.items():
+            title = f"{benchmark}, {measure}"
+            x = [values[vae][0] for vae in fids]
+            found[title] = correlate(x, list(fids.values()), seed)
+            lines = []
+            for name, (value, low, high) in found[title].items():
+                lines.append(f"{name} {value:.3f} [{low:.3f},{high:.3f}]")
+            say(f"FID and {title}: {', '.join(lines)}")
+            panels.append(("\n".join([title, *lines]), x))
+    if panels:
+        draw_scatter(os.path.join(out, "correlation.png"), panels, fids)
     return found
 
 
-def draw_scatter(path, panels, labels):
-    """A panel of 400 x 320 for each (title, x, y): FID over a measure, a dot for each VAE; the axes bear their extremes."""
-    canvas = Image.new("RGB", (400, 320 * len(panels)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (title, x, y) in enumerate(panels):
-        left, right, top, bottom = 60, 380, 320 * i + 50, 320 * i + 280
-        pen.rectangle((left, top, right, bottom), outline="grey")
-        for at, text in (
-            ((left, top - 42), title),
-            ((8, (top + bottom) / 2), "FID"),
-            ((left, bottom + 6), f"{min(x):.4g}"),
-            ((right - 40, bottom + 6), f"{max(x):.4g}"),
-            ((8, top), f"{max(y):.4g}"),
-            ((8, bottom - 12), f"{min(y):.4g}"),
-        ):
-            pen.text(at, text, "black")
-        for u, v, label in zip(x, y, labels):
-            px = np.interp(u, [min(x), max(x)], [left + 12, right - 12])
-            py = np.interp(v, [min(y), max(y)], [bottom - 12, top + 12])
-            pen.ellipse((px - 4, py - 4, px + 4, py + 4), "navy")
-            pen.text((min(px + 6, right - 6 * len(label)), max(py - 14, top)), label, "black")
+# --------------------------------------------------------------------------------------------------
+# The scatter plot
+
+
+def draw_scatter(path, panels, fids):
+    """Draws a panel for each (title, measured values of the VAEs): FID against the measure, with a
+    dot for each VAE. fids: {VAE: FID}, in the order of the values. Without matplotlib it draws
+    nothing and says so."""
+    try:
+        # probe.py needs it for nothing else, so it is not in requirements.txt.
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("correlation.png needs `pip install matplotlib`; it was not drawn")
+        return
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    width, height = PANEL_INCHES
+    figure = Figure((width * columns, height * lines), dpi=DOTS_PER_INCH, layout="constrained")
+    for number, (title, values) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, number)
+        axes.plot(values, list(fids.values()), "o", color="navy")
+        axes.set_title(title, fontsize=8)
+        axes.set_ylabel("FID")
+        axes.margins(0.2)
+        for vae, x, y in zip(fids, values, fids.values(), strict=True):
+            axes.annotate(short_name(vae), (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    # Without the version of matplotlib in it, the same numbers give the same file.
     with writing(path) as file:
-        canvas.save(file, "PNG")
+        figure.savefig(file, format="png", metadata={"Software": None})

@@ -7,6 +7,7 @@ and the command from end to end.
 import csv
 import json
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -26,7 +27,7 @@ import probe
 import train_vae
 from probing import benchmarks, multilabel, latent_shape as shape
 from probing.benchmarks import read_benchmarks
-from probing.correlation import correlate
+from probing.correlation import correlate, report
 from tools.pictures import draw_pictures
 
 
@@ -379,10 +380,10 @@ def test_celeba_without_header_lines_and_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     "change,says",
     [
-        (lambda t: t.replace("6\n", "7\n", 1), "lists 6 pictures, its first line says 7"),
+        (lambda t: t.replace("6\n", "7\n", 1), "lists 6 pictures, but its first line says 7"),
         (lambda t: t.replace("000002.jpg -1", "000002.jpg"), "line 4: 2 values instead of 3"),
-        (lambda t: t.replace("-1 -1  1", "-1 maybe 1"), "line 4: 'maybe' is none of 1, -1, 0"),
-        (lambda t: t.replace("000002", "000001"), "line 4: 000001.jpg stands there twice"),
+        (lambda t: t.replace("-1 -1  1", "-1 maybe 1"), "line 4: 'maybe' is not one of 1, -1, 0"),
+        (lambda t: t.replace("000002", "000001"), "line 4: 000001.jpg is listed twice"),
         (lambda t: t.replace("000003", "000013"), "differ in 1 pictures, the first is 000003.jpg"),
         (
             lambda t: t.replace("6\n", "7\n", 1) + "000007.jpg 1 1 1\n",
@@ -499,7 +500,7 @@ def test_deepfashion_names_what_is_wrong(tmp_path, inside, capsys):
     with open(parts) as file:
         text = file.read()
     write(parts, text.replace("    val", "    valid"))
-    assert "list_eval_partition.txt, line 6: 'valid' is none of train, val, test" in refused(
+    assert "list_eval_partition.txt, line 6: 'valid' is not one of train, val, test" in refused(
         capsys, probe, "--data", root, "--vae", "unused"
     )
     write(parts, text)
@@ -507,7 +508,7 @@ def test_deepfashion_names_what_is_wrong(tmp_path, inside, capsys):
         os.path.join(root, "Anno_coarse", "list_attr_cloth.txt"),
         "4\nattribute_name  attribute_type\na-line  3\n",
     )
-    assert "lists 1 attributes, its first line is ['4']" in refused(
+    assert "lists 1 attributes, but its first line is '4'" in refused(
         capsys, probe, "--data", root, "--vae", "unused"
     )
 
@@ -641,6 +642,16 @@ def test_correlations_are_scipys():
     ] == pytest.approx(spearmanr(x, y)[0])
     assert all(low <= value <= high for value, low, high in found.values())
     assert correlate([1, 1, 1], [1, 2, 3], 0)["Pearson"] == [0, 0, 0]
+
+
+def test_a_missing_matplotlib_costs_the_plot_only(inside, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    fids = {"runs/a": 3.0, "runs/b": 2.0, "runs/c": 1.0}
+    results = {"faces": {"F1 macro": {"runs/a": [0.1], "runs/b": [0.2], "runs/c": [0.3]}}}
+    found = report(results, fids, ".", 0)
+    assert found["faces, F1 macro"]["Pearson"][0] == pytest.approx(-1)
+    assert "needs `pip install matplotlib`" in capsys.readouterr().out
+    assert not os.path.exists("correlation.png")
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
