@@ -2,6 +2,7 @@
 page stays true."""
 
 import ast
+import csv
 import json
 import os
 import pathlib
@@ -180,6 +181,53 @@ def test_another_sampler_draws(fork, pictures, tmp_path):
     with np.load(folder / "midpoint.npz") as midpoint, np.load(folder / "euler.npz") as euler:
         difference = np.abs(midpoint["arr_0"].astype(int) - euler["arr_0"].astype(int))
     assert difference.mean() < 2
+
+
+def write_birds(root):
+    """Writes 40 pictures in the form of CUB-200-2011, red ones and blue ones, light and dark, of
+    which the last ten are the test split. That the last one is light is "not visible"."""
+    lists = {"images": [], "train_test_split": [], "attributes/image_attribute_labels": []}
+    for i in range(40):
+        is_red = i % 2
+        is_light = i // 2 % 2
+        name = f"{i % 4 + 1:03d}.Bird/Bird_{i:04d}.jpg"
+        level = 100 + 120 * is_light + i % 10
+        colour = (level, 0, 0) if is_red else (0, 0, level)
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 36), colour).save(path)
+        lists["images"].append(f"{i + 1} {name}")
+        lists["train_test_split"].append(f"{i + 1} {int(i < 30)}")
+        certainty = 1 if i == 39 else 4
+        lists["attributes/image_attribute_labels"] += [
+            f"{i + 1} 1 {is_red} 3 1.5",
+            f"{i + 1} 2 {is_light} {certainty} 2.25",
+        ]
+    (root / "attributes").mkdir()
+    for name, lines in lists.items():
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    # The archive has this file beside the folder.
+    (root.parent / "attributes.txt").write_text("1 has_colour::red\n2 has_shade::light\n")
+
+
+def test_a_second_dataset_s_attributes_are_probed(fork, pictures):
+    folder = fork("A second dataset's attributes for the probe")
+    write_birds(folder / "cub")
+    run(folder, "train_vae", *PLAIN_VAE, "--data", pictures)
+    run(folder, "probe", "--data", "cub", "--pictures", 0, "--workers", 0)
+    result = json.loads((folder / "runs" / "probe" / "result.json").read_text())
+    assert result["benchmarks"]["cub"]["pictures"] == [27, 3, 10]
+    assert result["benchmarks"]["cub"]["attributes"] == 2
+    # The colours are planted, so a line finds them; what is most frequent tells little.
+    scores = result["results"]["cub"]["F1 macro"]
+    assert scores["runs/vae"][0] > 0.9
+    assert scores["majority"][0] < 0.8
+    with open(folder / "runs" / "probe" / "cub-runs-vae.csv", newline="") as file:
+        attributes = {line["attribute"]: line for line in csv.DictReader(file)}
+    assert set(attributes) == {"has_colour::red", "has_shade::light"}
+    assert attributes["has_colour::red"]["test_positives"] == "5"
+    # Six are light, of which one is not visible, so unknown.
+    assert attributes["has_shade::light"]["test_positives"] == "5"
 
 
 def count_lines(path, names):

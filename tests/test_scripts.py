@@ -363,7 +363,7 @@ def test_bad_folders(inside, pictures, capsys):
     os.makedirs("empty")
     assert "has no pictures" in refused(capsys, train_vae, "--data", "empty")
     shutil.copytree(pictures, "p/train")
-    assert "name one of them" in refused(capsys, train_vae, "--data", "p")
+    assert "give one of them" in refused(capsys, train_vae, "--data", "p")
     os.makedirs("p/train/c")
     assert f"p{os.sep}train{os.sep}c" in refused(capsys, train_vae, "--data", "p/train")
 
