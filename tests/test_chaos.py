@@ -2,6 +2,7 @@
 fault that the long form found."""
 
 import contextlib
+import copy
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from common import runs
 from common.files import writing
 from common.pictures import ImageSet, TrainingBatches
 from common.runs import (
+    RunLog,
     Saver,
     list_checkpoints,
     load_checkpoint,
@@ -186,11 +189,12 @@ def count_lines(path):
 
 def test_torchrun_restarts_a_run_that_lost_a_process(pictures, tmp_path):
     """One of two processes is killed. Both are started again, and the run resumes by itself, in a
-    folder whose name has a space."""
+    folder whose name has a space. No checkpoint but the last is at a line of metrics, so that the
+    unfinished sums of a line are restored as well."""
     folder = tmp_path / "a run"
     folder.mkdir()
     words = [*VAE, "--data", pictures, "--align", "none"]
-    words += ["--steps", 12, "--save-every", 3, "--log-every", 2]
+    words += ["--steps", 12, "--save-every", 3, "--log-every", 4]
     torchrun(2, "train_vae", *words, "--out", "whole", cwd=folder)
     run = start(2, "train_vae", *words, cwd=folder, restarts=1)
     try:
@@ -210,7 +214,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(pictures, tmp_path):
     assert same_state(restarted, whole)
     metrics = read_metrics(folder / "runs/vae/metrics.jsonl")
     assert metrics == read_metrics(folder / "whole/metrics.jsonl")
-    assert [line["step"] for line in metrics] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in metrics] == [4, 8, 12]
 
 
 def test_a_signal_to_one_process_stops_all_together(pictures, tmp_path):
@@ -285,6 +289,29 @@ def test_saving_waits_for_a_copy_only_and_writes_the_state_of_its_step(inside, m
     may_write.set()
     saver.close()
     assert load_checkpoint("run", "cpu")["net"]["weight"].tolist() == [0, 0, 0]
+
+
+def log_a_step(log, step):
+    log.add({"flow": torch.tensor(1.4)}, torch.tensor(True))
+    log.line(step)
+
+
+def test_a_run_continues_with_the_sums_that_it_saved(inside, monkeypatch):
+    """A checkpoint holds the means over the processes of a line's unfinished sums. Several
+    processes round them, for which rounding to integers stands here; so the run that saved must
+    continue with the means as well, or its next line differs from that of a resumed run.
+    """
+    monkeypatch.setattr(runs, "mean_over_processes", torch.round)
+    whole = types.SimpleNamespace(out="whole", batch_size=8, accum=1)
+    resumed = types.SimpleNamespace(out="resumed", batch_size=8, accum=1)
+    log = RunLog(whole, None, 0, 2, 1)
+    log.add({"flow": torch.tensor(1.4)}, torch.tensor(True))
+    saved = copy.deepcopy(log.sums())
+    log_a_step(log, 2)
+    log_a_step(RunLog(resumed, saved, 1, 2, 1), 2)
+    lines = read_metrics("whole/metrics.jsonl")
+    assert lines == read_metrics("resumed/metrics.jsonl")
+    assert [line["step"] for line in lines] == [2]
 
 
 def test_a_cpu_limited_to_avx2_multiplies_in_fp32():
