@@ -211,7 +211,7 @@ def test_softmax_is_scikit_learns(monkeypatch):
     x, z = latents(1500, 40, 5)
     y = z.argmax(1)
     for width in (512, 1):  # all strengths at once, or one by one
-        monkeypatch.setattr(probe, "WIDTH", width)
+        monkeypatch.setattr(probe, "OUTPUTS_AT_ONCE", width)
         ours = probe.fit_linear_probe(x[:1000], y[:1000], x[1000:], y[1000:], [1e-3, 1e6])
         assert ours.strength == pytest.approx([1e-3] * 5)  # 1e6 lets nothing through
         fit = LogisticRegression(C=1, tol=1e-8, max_iter=10000)
@@ -228,8 +228,8 @@ def test_fit_in_parts_and_from_disk_is_the_same(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", x.astype(np.float16))
     x, y = np.load(tmp_path / "x.npy", mmap_mode="r"), (z > 0.3).astype(np.int8)
     whole = probe.fit_linear_probe(x[:800], y[:800], x[800:], y[800:])
-    monkeypatch.setattr(probe, "BLOCK", 64)
-    monkeypatch.setattr(probe, "WIDTH", 7)
+    monkeypatch.setattr(probe, "PICTURES_AT_ONCE", 64)
+    monkeypatch.setattr(probe, "OUTPUTS_AT_ONCE", 7)
     parts = probe.fit_linear_probe(x[:800], y[:800], x[800:], y[800:])
     np.testing.assert_array_equal(whole.strength, parts.strength)
     np.testing.assert_allclose(whole.scores(x), parts.scores(x), atol=0.02)
@@ -239,7 +239,7 @@ def test_fit_with_rows_in_bf16(monkeypatch):
     """As for 200,000 x 8192 features, which in fp32 would not fit."""
     x, z = latents(6000, 60, 8)
     y = (z > [0, 0.5, 1, 1.5, 2, 2.5, -1, -2]).astype(np.int8)
-    monkeypatch.setattr(probe, "MEMORY", 0)
+    monkeypatch.setattr(probe, "FP32_BYTES", 0)
     whole = probe.whiten(x[:3000], torch.device("cpu"))[-1]
     assert whole.dtype == torch.bfloat16 and (whole.float().square().mean(0) - 1).abs().max() < 0.01
     ours = probe.fit_linear_probe(x[:3000], y[:3000], x[3000:4000], y[3000:4000])
