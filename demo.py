@@ -228,7 +228,7 @@ def run_side_by_side(*commands):
             for other in running:
                 other.kill()
             if number > 0:
-                failed = " ".join(shlex.split(commands[number]))
+                failed = shlex.join(shlex.split(commands[number]))
                 print(f"demo.py: error: {failed} failed; see {LOG}", file=sys.stderr)
             sys.exit(process.returncode)
 
