@@ -849,6 +849,18 @@ def read_result(folder):
         return json.load(file)
 
 
+def check_record(result):
+    """Checks what result.json says about how its measures were made."""
+    about = result["benchmarks"]["pictures"]
+    assert about["pictures"] == [108, 12, 600]
+    assert about["attributes"] == 20
+    assert len(about["fingerprint"]) == 16
+    assert result["vaes"]["runs/vae2"]["hash"]
+    assert result["arguments"]["seed"] == 0
+    assert "commit" in result["provenance"]
+    assert result["fits"]["pictures, runs/vae2"]["uniformity"]["bandwidth"] > 0
+
+
 def f1_of_each_attribute(path):
     with open(path) as file:
         return [float(line["f1"]) for line in csv.DictReader(file)]
@@ -867,14 +879,7 @@ def test_from_end_to_end(made, monkeypatch, capsys):
     f1 = result["results"]["pictures"]["F1 macro"]
     assert set(f1) == {"runs/vae2", "256 pixels", "majority"}
     assert all(low <= value <= high for value, low, high in f1.values())
-    about = result["benchmarks"]["pictures"]
-    assert about["pictures"] == [108, 12, 600]
-    assert about["attributes"] == 20
-    assert len(about["fingerprint"]) == 16
-    assert result["vaes"]["runs/vae2"]["hash"]
-    assert result["arguments"]["seed"] == 0
-    assert "commit" in result["provenance"]
-    assert result["fits"]["pictures, runs/vae2"]["uniformity"]["bandwidth"] > 0
+    check_record(result)
 
     each = f1_of_each_attribute("runs/probe/pictures-runs-vae2.csv")
     assert len(each) == 20
