@@ -149,11 +149,13 @@ def integrate(velocity, x, sampler="sde", steps=250, noise=None):
                 x = x + dt * (v + v_next) / 2
             else:
                 x = predicted
-        else:
+        elif sampler == "sde":
             score = -((1 - t) * v + x) / t
             x = x + dt * (v - t * score)  # w/2 = t
             if t_next > 0:
                 x = x + (2 * t * -dt) ** 0.5 * noise(i).double()
+        else:
+            raise ValueError(f"integrate knows no sampler '{sampler}'")
     return x
 
 

@@ -13,11 +13,19 @@ from common.files import UserError
 from common.processes import world
 
 
+# The terms that have no flag: the velocity's error, and the discriminator's own loss.
+WEIGHT_ONE = ("flow", "disc")
+
+
 def weight_of(term, args):
-    """The weight of a loss term: the flag --<term>-weight or, where there is none, the flag
-    --<term>. A term that has neither (the discriminator's own loss) has weight 1.
-    """
-    return getattr(args, f"{term}_weight", getattr(args, term, 1.0))
+    """The weight of a loss term, a number: the flag --<term>-weight or, where there is none, the
+    flag --<term>. Raises a ValueError for a term with neither."""
+    weight = getattr(args, f"{term}_weight", getattr(args, term, None))
+    if term in WEIGHT_ONE:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise ValueError(f"the loss term '{term}' has no weight: add a flag --{term}")
+    return weight
 
 
 def weighted_sum(losses, args):

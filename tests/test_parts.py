@@ -34,7 +34,7 @@ from common.pictures import (
 )
 from common.processes import run_main
 from common.runs import RunLog, match_memory_formats
-from common.training import Guard, ema_update
+from common.training import Guard, ema_update, weight_of, weighted_sum
 
 # --------------------------------------------------------------------------------------------------
 # Random draws
@@ -365,6 +365,23 @@ def test_label_dropout_rate():
 
 # --------------------------------------------------------------------------------------------------
 # Averages, and steps that are not finite
+
+
+def test_the_weights_of_losses_are_their_flags():
+    """A term that was named otherwise than its flag would be trained with a weight that nobody
+    chose."""
+    args = train_vae.parse_arguments(["--align-weight", "2", "--lpips", "3", "--recon", "l1"])
+    weights = {term: weight_of(term, args) for term in ("align", "recon", "lpips", "kl", "gan")}
+    assert weights == dict(align=2.0, recon=1.0, lpips=3.0, kl=1e-6, gan=0.1)
+    assert weight_of("disc", args) == 1.0
+    losses = dict(align=torch.tensor(1.0), lpips=torch.tensor(10.0), disc=torch.tensor(100.0))
+    assert weighted_sum(losses, args) == 132.0
+    for term in ("fft", "freeze", "data"):
+        with pytest.raises(ValueError, match=f"'{term}' has no weight: add a flag --{term}"):
+            weight_of(term, args)
+    args = train_sit.parse_arguments(["--repa", "0.25"])
+    assert weight_of("flow", args) == 1.0
+    assert weight_of("repa", args) == 0.25
 
 
 def test_ema_is_its_closed_form():
