@@ -605,6 +605,16 @@ def test_training_measures_with_it(weights, folders, inside):
             assert np.isfinite(list(line.values())).all()
 
 
+def test_training_measures_on_two_processes(weights, folders, inside):
+    """Only the first process has the numbers; the second one once ended with a KeyError."""
+    words = ["--fid-every", 1, "--fid-num", 4, "--inception-weights", weights, "--device", "cpu"]
+    words += ["--data", folders / "a", "--val", folders / "a", "--steps", 1]
+    torchrun(2, "train_vae", *VAE, *words, "--align", "none", "--gan", 0, cwd=inside)
+    with open("runs/vae/metrics.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert sum("rfid" in line for line in lines) == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # The command: its sets
 
