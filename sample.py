@@ -26,7 +26,13 @@ from tqdm import tqdm
 
 from common.draws import normal, uniform
 from common.files import UserError, reading, write_json, writing
-from common.flags import add_machine_flags, parse_flags, positive, whole_number
+from common.flags import (
+    add_machine_flags,
+    parse_flags,
+    positive,
+    wants_compile,
+    whole_number,
+)
 from common.pictures import save_grid, to_uint8
 from common.processes import (
     autocast,
@@ -434,10 +440,7 @@ def main():
     say(f"sampler   {args.sampler}, {args.steps} steps, cfg {args.cfg} for t in {args.interval}")
 
     # Pictures
-    compiled = args.compile
-    if compiled is None:
-        compiled = device.type == "cuda"
-    if compiled:
+    if wants_compile(args, device):
         sit.forward = torch.compile(sit.forward)
         vae.decode = torch.compile(vae.decode)
     if args.num:
