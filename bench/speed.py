@@ -408,7 +408,8 @@ def fid_features(setting, batch, size):
     import fid
     from bench.evaluators import random_inception
 
-    random_inception("inception.pth")
+    if not os.path.exists("inception.pth"):
+        random_inception("inception.pth")
     net = fid.Inception("inception.pth").to(setting.device)
     x = random_pictures(batch, size, setting.device)
     return lambda: net(x), batch
