@@ -306,12 +306,16 @@ def test_tf32_is_off_during_a_fit_and_as_before_after_it(monkeypatch):
 
     real_whiten = probe.whiten
     monkeypatch.setattr(probe, "whiten", whiten)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     x, scores = make_features(60, 5, 1)
     y = (scores > 0).astype(np.int8)
-    probe.fit_linear_probe(x[:40], y[:40], x[40:], y[40:])
-    assert seen == [False]
-    assert torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        probe.fit_linear_probe(x[:40], y[:40], x[40:], y[40:])
+        assert seen == [False]
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_attributes_and_features_that_never_change():
