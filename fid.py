@@ -42,7 +42,12 @@ from common.files import (
     write_json,
     writing,
 )
-from common.flags import parse_flags, positive, whole_number
+from common.flags import (
+    parse_flags,
+    positive,
+    two_or_more,
+    whole_number,
+)
 from common.pictures import ImageSet, PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import barrier, rank, run_main, say, setup, sum_over_processes, world
 from common.runs import newest_result, provenance
@@ -67,10 +72,6 @@ FORM = (
     "a set is a folder of pictures, or an .npz with arr_0, uint8 of shape (N,H,W,3), as sample.py "
     "writes it; a reference may have Inception's mu and sigma instead"
 )
-
-
-def two_or_more(text):
-    return whole_number(text, least=2)
 
 
 def parse_arguments(argv=None):

@@ -30,8 +30,8 @@ from common.flags import (
     add_machine_flags,
     parse_flags,
     positive,
+    two_or_more,
     wants_compile,
-    whole_number,
 )
 from common.pictures import save_grid, to_uint8
 from common.processes import (
@@ -48,10 +48,6 @@ from common.processes import (
 )
 from common.runs import lock, mark_done, newest_result, provenance, resumable_array
 from common.weights import load_sit, load_vae
-
-
-def two_or_more(text):
-    return whole_number(text, least=2)
 
 
 def parse_arguments(argv=None):

@@ -665,6 +665,7 @@ def main():
     check_arguments(args)
     device = setup(args.device, args.timeout)
     precision = resolve_precision(args.precision, device)
+    # Refuses a batch that the processes and passes cannot share.
     share_batch(args.batch_size, args.accum)
 
     # Data

@@ -19,6 +19,11 @@ def positive(text):
     return whole_number(text, least=1)
 
 
+def two_or_more(text):
+    """An argparse type: a whole number that is at least 2."""
+    return whole_number(text, least=2)
+
+
 def parse_flags(parser, argv=None):
     """parser.parse_args, after the help of every flag that has a default was made to name it."""
     for action in parser._actions:
