@@ -17,6 +17,7 @@ import argparse
 import glob
 import itertools
 import json
+import math
 import os
 import shutil
 
@@ -104,7 +105,7 @@ def parse_arguments(argv=None):
         nargs=2,
         default=[0.0, 0.75],
         metavar=("LO", "HI"),
-        help="times with guidance",
+        help="times with guidance: 0 is data, 1 is noise",
     )
     add_machine_flags(p)
     return parse_flags(p, argv)
@@ -114,32 +115,56 @@ def parse_arguments(argv=None):
 # Samplers
 
 
-def guided_velocity(sit, x, t, y, cfg=1.0, interval=(0.0, 1.0)):
+def guided_velocity(sit, x, t, y, cfg=1.0, interval=(0.0, 1.0), step_time=None):
     """Velocity v, of x's shape, at x (B,C,h,w), time t (a float) and labels y (B,).
+
+    step_time: the time that must be inside the interval for guidance, where it is not t.
 
     The null half is computed only inside the interval. Guiding v is guiding the SDE's drift: at
     fixed x and t the drift is affine in v, and the weights sum to 1.
     """
+    if step_time is None:
+        step_time = t
     times = torch.full((len(x),), t, device=x.device)
-    if cfg == 1.0 or not interval[0] <= t <= interval[1]:
+    if cfg == 1.0 or not is_inside(step_time, interval):
         return sit(x, times, y)
     null = torch.full_like(y, sit.num_classes)
     v, v_null = sit(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).chunk(2)
     return v_null + cfg * (v - v_null)
 
 
+def is_inside(t, interval):
+    """Whether a time is in the interval (lo, hi), whose ends belong to it."""
+    return interval[0] <= t <= interval[1]
+
+
+def step_times(sampler, steps):
+    """The times between which a sampler steps, a list of floats from 1 to 0.
+
+    The SDE takes `steps` times from 1 to 0.04, and then a step to 0. The published samplers have
+    these numbers from torch.linspace in float64. NumPy's differ from them in the last bit, which
+    decides whether a step at an end of the guidance interval is guided.
+    """
+    if sampler == "sde":
+        return [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+
+
+def count_guided_steps(sampler, steps, interval):
+    """How many of a sampler's steps begin inside the guidance interval, and so are guided."""
+    return sum(is_inside(t, interval) for t in step_times(sampler, steps)[:-1])
+
+
 def integrate(velocity, x, sampler="sde", steps=250, noise=None):
     """Integrate from noise x (B,C,h,w) at t = 1 to data at t = 0 -> float64 latents (B,C,h,w).
 
-    velocity(x float32, t float) -> v (B,C,h,w). The SDE takes `steps` times from 1 to 0.04, then
-    one noiseless step to 0; noise(i) -> standard normal of x's shape for its step i.
+    velocity(x float32, t float) -> v (B,C,h,w). Heun calls it a second time in a step, with the
+    time at which the step began as a third argument: it decides about guidance, as published.
+    The last step of the SDE, from 0.04 to 0, has no noise; noise(i) -> standard normal of x's shape
+    for its step i.
     """
     x = x.double()
-    if sampler == "sde":
-        times = [*np.linspace(1, 0.04, steps), 0.0]
-    else:
-        times = np.linspace(1, 0, steps + 1)
-    for i, (t, t_next) in enumerate(itertools.pairwise(map(float, times))):
+    for i, (t, t_next) in enumerate(itertools.pairwise(step_times(sampler, steps))):
         dt = t_next - t  # negative
         v = velocity(x.float(), t).double()
         if sampler == "ode":
@@ -147,7 +172,7 @@ def integrate(velocity, x, sampler="sde", steps=250, noise=None):
         elif sampler == "heun":
             predicted = x + dt * v
             if t_next > 0:
-                v_next = velocity(predicted.float(), t_next).double()
+                v_next = velocity(predicted.float(), t_next, t).double()
                 x = x + dt * (v + v_next) / 2
             else:
                 x = predicted
@@ -171,8 +196,8 @@ def draw(
     """
     shape = (sit.channels, sit.latent_size, sit.latent_size)
 
-    def velocity(x, t):
-        return guided_velocity(sit, x, t, labels, cfg, interval)
+    def velocity(x, t, step_time=None):
+        return guided_velocity(sit, x, t, labels, cfg, interval, step_time)
 
     def noise(i):
         return normal(seed, f"sample step {i}", ids, shape)
@@ -181,6 +206,41 @@ def draw(
         start = normal(seed, "sample start", ids, shape)
         z = integrate(velocity, start, sampler, steps, noise)
         return to_uint8(vae.decode(vae.denormalize(z.float())))
+
+
+def check_guidance(args, sit, sit_path):
+    """Raise UserError unless --cfg and --interval guide at least one step, and the SiT can do it.
+
+    cfg 1 is no guidance; the interval is checked all the same.
+    """
+    low, high = args.interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"--interval {low:g} {high:g}: give two times from 0 (data) to 1 (noise), the smaller "
+            "one first"
+        )
+    if not math.isfinite(args.cfg):
+        raise UserError(f"--cfg {args.cfg} is no scale of guidance; give a number, 1 for none")
+    if args.cfg == 1:
+        return
+    if not null_label_is_trained(sit):
+        raise UserError(
+            f"--cfg {args.cfg:g}: {sit_path} was trained without its null label, so it cannot be "
+            "guided; draw with --cfg 1, or train a SiT with --label-dropout above 0"
+        )
+    if count_guided_steps(args.sampler, args.steps, args.interval) == 0:
+        raise UserError(
+            f"--cfg {args.cfg:g}: none of the {args.steps} steps begins inside --interval {low:g} "
+            f"{high:g}; widen it, or draw without guidance (--cfg 1)"
+        )
+
+
+def null_label_is_trained(sit):
+    """Whether a loaded SiT has learned the velocity without a class, which guidance needs."""
+    if "null_label_trained" in sit.info:
+        return sit.info["null_label_trained"]
+    # Files of older versions of this code have the flags of their training. Others do not tell.
+    return sit.info.get("arguments", {}).get("label_dropout", 0.1) > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,6 +468,7 @@ def main():
         newest = newest_result("sit.safetensors", "SiT", "python train_sit.py")
         sit_path = os.path.dirname(newest)
     sit, vae = load_pair(sit_path, args.vae, device, ema=not args.raw)
+    check_guidance(args, sit, sit_path)
     vae.to(memory_format=conv_memory_format(device, precision))
     args.out = output_path(args, sit_path)
 
@@ -433,7 +494,11 @@ def main():
         f"SiT       {sit_path}, {settings['weights']} weights of step {sit.info['step']}; "
         f"VAE {vae.info['path']}; {precision} on {device}"
     )
-    say(f"sampler   {args.sampler}, {args.steps} steps, cfg {args.cfg} for t in {args.interval}")
+    guidance = "no guidance"
+    if args.cfg != 1:
+        guided = count_guided_steps(args.sampler, args.steps, args.interval)
+        guidance = f"cfg {args.cfg} for t in {args.interval}: {guided} of them"
+    say(f"sampler   {args.sampler}, {args.steps} steps, {guidance}")
 
     # Pictures
     if wants_compile(args, device):

@@ -143,6 +143,20 @@ def parse_arguments(argv=None):
     return parse_flags(parser, argv)
 
 
+def check_arguments(args):
+    """Refuse a share of labels that leaves nothing to sample, and guidance that it makes void."""
+    if not 0 <= args.label_dropout < 1:
+        raise UserError(
+            f"--label-dropout {args.label_dropout:g} is no share of the labels: give a number from "
+            "0 to less than 1"
+        )
+    if args.label_dropout == 0 and args.preview_cfg != 1:
+        raise UserError(
+            f"--preview-cfg {args.preview_cfg:g} guides with the null label, which --label-dropout "
+            "0 leaves untrained; add --preview-cfg 1"
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # The science of a step
 
@@ -366,6 +380,7 @@ def published_weights(parts, config, step, data, args, log):
         step=step,
         epoch=step / log.steps_per_epoch,
         classes=data.classes,
+        null_label_trained=args.label_dropout > 0,
         vae_hash=args.vae_hash,
         vae_path=args.vae,
     )
@@ -438,6 +453,7 @@ def load_data(args, device, precision):
 
 def main():
     args = parse_arguments()
+    check_arguments(args)
     device = setup(args.device, args.timeout)
     precision = resolve_precision(args.precision, device)
     # Refuses a batch that the processes and passes cannot share.
