@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from common.draws import epoch_order, uniform
 from common.files import UserError, first_line, open_npz, warn_if_unwritable, writing
 from common.processes import (
+    asked_to_stop,
     at_signal,
     available_cores,
     barrier,
@@ -441,6 +444,16 @@ class TrainingBatches(torch.utils.data.Dataset):
             batch.update(self.extra(index, flip.numpy()))
         return batch
 
+    def item_bytes(self):
+        """-> size of an item in bytes."""
+        picture = 3 * 8 + 1  # position, index and label; flip
+        if self.size is not None:
+            picture += 3 * self.size**2
+        if self.extra is not None:
+            arrays = self.extra(np.zeros(1, np.int64), np.zeros(1, bool))
+            picture += sum(array.nbytes for array in arrays.values())
+        return picture * (self.batch_size // self.world)
+
     def index_at(self, position):
         """Position in the stream of samples -> index of the picture there."""
         count = len(self.data)
@@ -462,6 +475,10 @@ class PictureBlocks(torch.utils.data.Dataset):
         stop = min(start + self.block, self.count)
         return {"image": self.load(range(start, stop), self.size)}
 
+    def item_bytes(self):
+        """-> size of an item in bytes."""
+        return 3 * self.size**2 * max(1, min(self.block, self.count))
+
 
 # --------------------------------------------------------------------------------------------------
 # Loading in the background
@@ -476,21 +493,107 @@ def ignore_signals(worker):
 
 def item_or_error(dataset, k):
     """-> dataset[k], or the UserError that it raises. An exception that torch itself hands on from
-    a loader process keeps the loaders from ending."""
+    a loader process keeps the loaders from ending.
+
+    A loader process puts the tensors into shared memory here. Left to torch, this happens in a
+    thread of the loader, and where there is no room for them the item is lost and waited for."""
     try:
-        return dataset[k]
+        item = dataset[k]
+        if torch.utils.data.get_worker_info() is not None:
+            for value in item.values():
+                if torch.is_tensor(value):
+                    value.share_memory_()
+        return item
     except UserError as error:
         return error
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return UserError(f"{SMALL_SHARED_MEMORY} ({first_line(error)})")
+
+
+SMALL_SHARED_MEMORY = (
+    "the shared memory, /dev/shm, is too small for what the loader processes read ahead; give a "
+    "container more (docker run --shm-size=8g), or use --workers 0"
+)
+
+# The most that the loaders of a process read ahead beyond one item each, in bytes.
+READ_AHEAD = 256 * 2**20
+
+
+def read_ahead(item_bytes, workers, room):
+    """How far loaders read ahead: each one item, or up to four while all are within READ_AHEAD.
+
+    item_bytes: the size of an item. workers: the number of loaders asked for, at least 1. room: the
+    shared memory for this process's items in bytes, or None where its size is unknown.
+    -> (number of loaders, items that each reads ahead). There are fewer loaders where the room is
+    small. Raises a UserError where it does not hold the items of a single one."""
+    ahead = max(1, min(4, READ_AHEAD // (workers * item_bytes)))
+    if room is None:
+        return workers, ahead
+    # Of the items that a loader has delivered, one is in use and another one on its way.
+    items = room // item_bytes - 2
+    if items < 1:
+        raise UserError(
+            f"{SMALL_SHARED_MEMORY} (a batch has {item_bytes / 1e6:.3g} MB, of which three must "
+            f"fit, and there are {room / 1e6:.3g} MB for each process)"
+        )
+    workers = min(workers, items)
+    return workers, min(ahead, items // workers)
+
+
+def shared_memory_room():
+    """-> bytes that are free in /dev/shm for each of the processes on this machine; None where
+    there is no such file system (macOS, Windows)."""
+    if not os.path.isdir("/dev/shm"):
+        return None
+    state = os.statvfs("/dev/shm")
+    return state.f_bavail * state.f_frsize // processes_here()
+
+
+def processes_here():
+    """Number of processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# While loaders are waited for: seconds between two looks whether a signal has come, and seconds
+# that are waited for a batch after one.
+LOOK_EVERY = 5
+WAIT_AFTER_SIGNAL = 15
+
+
+def next_batch(iterator):
+    """-> the next batch of a DataLoader's iterator, or None after the last. Raises a UserError when
+    a signal has asked the process to stop and the loaders hang."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return next(iterator, None)
+        except RuntimeError as error:
+            if "timed out after" not in str(error):
+                raise
+        waited = time.monotonic() - begin
+        if asked_to_stop.is_set() and waited >= WAIT_AFTER_SIGNAL:
+            raise UserError(
+                f"stopped by a signal after waiting {waited:.0f} seconds for pictures; rerun the "
+                "command to resume from what is saved"
+            )
 
 
 def load_batches(dataset, items, workers, device):
     """Yields dataset[k], a dict, for k in items, in order, with its tensors on the device.
 
     `workers` processes read ahead. With 0 this process reads; with None their number is this
-    process's share of the available cores, 8 at most."""
+    process's share of the available cores, 8 at most. dataset.item_bytes() is the size of an
+    item."""
     if workers is None:
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, available_cores() // processes_here)
+        workers = min(8, available_cores() // processes_here())
+    ahead = None
+    if workers > 0:
+        asked_for = workers
+        workers, ahead = read_ahead(dataset.item_bytes(), workers, shared_memory_room())
+        if workers < asked_for:
+            say(f"note: --workers {workers} instead of {asked_for}: /dev/shm holds no more batches")
     loader = torch.utils.data.DataLoader(
         items,
         batch_size=None,
@@ -498,15 +601,33 @@ def load_batches(dataset, items, workers, device):
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead,
+        timeout=LOOK_EVERY if workers > 0 else 0,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        for name, value in batch.items():
-            if torch.is_tensor(value):
-                batch[name] = value.to(device, non_blocking=True)
-        yield batch
+    children_before = multiprocessing.active_children()
+    iterator = iter(loader)
+    loaders = [p for p in multiprocessing.active_children() if p not in children_before]
+    try:
+        while (batch := next_batch(iterator)) is not None:
+            if isinstance(batch, UserError):
+                raise batch
+            for name, value in batch.items():
+                if torch.is_tensor(value):
+                    batch[name] = value.to(device, non_blocking=True)
+            yield batch
+    finally:
+        end_loaders(iterator, loaders)
+
+
+def end_loaders(iterator, loaders):
+    """Ends the loader processes of a DataLoader's iterator. One that hangs in a read would keep
+    this process from ending."""
+    if loaders:
+        # This waits five seconds for each of them.
+        iterator._shutdown_workers()
+    for process in loaders:
+        if process.is_alive():
+            process.kill()
 
 
 # --------------------------------------------------------------------------------------------------

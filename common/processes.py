@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.files import UserError
+from common.files import UserError, first_line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,6 +63,13 @@ def sentence_for_user(error):
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror}{place}; make room and rerun the command"
+    if "DataLoader worker" in str(error):
+        # It was killed, and torch's message says by which signal.
+        return (
+            f"error: {first_line(error)}; a loader process was killed, probably for want of memory "
+            "or of shared memory: lower --workers (0 reads in the process itself), or give a "
+            "container more (docker run --shm-size=8g)"
+        )
     if isinstance(error, dist.DistError) or (world() > 1 and "gloo" in str(error)):
         return (
             f"error: process {rank()} lost {silent_processes()}, which died or hangs; see the "
@@ -119,15 +126,88 @@ def say(*words):
 
 
 def barrier():
-    """Waits until every process is here."""
+    """Waits until every process is here, however long the others work before they come: one of them
+    may read a million pictures first. Raises a UserError for one that died or hangs."""
     if world() > 1:
+        if attendance is not None:
+            attendance.wait_for_all()
         dist.barrier()
+
+
+# The Attendance of this process, where there are several.
+attendance = None
+
+
+class Attendance:
+    """Lets processes wait for each other without a limit, as long as all are alive.
+
+    A thread of each process writes a sign of life into the key-value store that all share. A
+    process that waits gives up when another one has written none for `timeout` seconds. (The limit
+    of a collective, such as torch's own barrier, also ends a wait for a process that works.)"""
+
+    def __init__(self, store, number, count, timeout):
+        """number: of this process, 0 to count - 1."""
+        self.store = store
+        self.number = number
+        self.count = count
+        self.timeout = timeout
+        self.pause = min(5, timeout / 4)  # seconds between two signs of life
+        self.waits = 0
+        threading.Thread(target=self._show_life, name="attendance", daemon=True).start()
+
+    def _show_life(self):
+        beats = 0
+        # The store is closed when the process ends, or the first one does.
+        with contextlib.suppress(RuntimeError):
+            while True:
+                self.store.set(f"alive {self.number}", str(beats))
+                beats += 1
+                time.sleep(self.pause)
+
+    def wait_for_all(self):
+        """Returns when every process has called this as often as this one."""
+        self.waits += 1
+        self.store.set(self._key(self.number), "1")
+        absent = set(range(self.count))
+        last_beat = {}
+        last_change = dict.fromkeys(absent, time.monotonic())
+        next_look = time.monotonic() + self.pause
+        while True:
+            absent = {i for i in absent if not self.store.check([self._key(i)])}
+            if not absent:
+                return
+            if time.monotonic() > next_look:
+                self._look_for_life(absent, last_beat, last_change)
+                next_look = time.monotonic() + self.pause
+            time.sleep(0.02)
+
+    def _key(self, number):
+        return f"wait {self.waits} of {number}"
+
+    def _look_for_life(self, absent, last_beat, last_change):
+        """Notes the newest sign of life of each absent process. Raises a UserError that names those
+        without a new one for too long."""
+        now = time.monotonic()
+        for i in absent:
+            beat = None
+            if self.store.check([f"alive {i}"]):
+                beat = self.store.get(f"alive {i}")
+            if last_beat.get(i) != beat:
+                last_beat[i] = beat
+                last_change[i] = now
+        silent = [str(i) for i in sorted(absent) if now - last_change[i] > self.timeout]
+        if silent:
+            raise UserError(
+                f"process {self.number} lost process {', '.join(silent)}, which died or hangs: no "
+                f"sign of life for {self.timeout:g} seconds (--timeout)"
+            )
 
 
 def setup(device=None, timeout=1800):
     """Joins the process group that torchrun describes (a group of one without torchrun) and returns
     this process's torch.device. device: "cuda", "cpu" or None, which is CUDA where there is a GPU.
-    A process gives up when it has waited for the others for more than `timeout` seconds."""
+    A process gives up when it has waited for more than `timeout` seconds for the others, or, where
+    they may have long work of their own (`barrier`), for a sign of life of theirs."""
     keep_freed_memory()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
@@ -141,8 +221,9 @@ def keep_freed_memory():
     """Has glibc keep the pages of big tensors between steps instead of returning them to the
     system, which would hand them out again page by page, each filled with zeros.
     """
-    # Numbers of the parameters are those of mallopt(3). Other C libraries have no mallopt.
-    with contextlib.suppress(OSError, AttributeError):
+    # Numbers of the parameters are those of mallopt(3). Other C libraries have no mallopt, and
+    # Windows has no library of this name, None.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         libc.mallopt(m_mmap_max, 0)
@@ -169,6 +250,8 @@ def join_processes(backend, timeout):
     store, number, count = next(dist.rendezvous("env://", timeout=limit))
     store = store_of_this_start(store, number, count)
     dist.init_process_group(backend, timeout=limit, rank=number, world_size=count, store=store)
+    global attendance
+    attendance = Attendance(dist.PrefixStore("attendance", store), number, count, timeout)
 
 
 def store_of_this_start(store, number, count):
@@ -302,6 +385,11 @@ def sync_gradients(modules, on):
 # Signals and processes that hang
 
 
+# Set when a signal has asked this process to stop after its step. Whoever waits for something else
+# in the meantime (load_batches) looks at it, so as not to wait for ever.
+asked_to_stop = threading.Event()
+
+
 class Watch:
     """Watches over the processes of a training run. SIGTERM or SIGUSR1 to any of them ends the run
     after the step, on all processes together. A process that hangs for longer than --timeout prints
@@ -310,7 +398,7 @@ class Watch:
     stop: whether any process was asked to stop, as of the last end_step."""
 
     def __init__(self, timeout):
-        self.asked = False
+        asked_to_stop.clear()
         self.stop = False
         self.timeout = timeout
         self.group = None
@@ -321,7 +409,7 @@ class Watch:
             self.group = dist.new_group(backend="gloo", timeout=limit)
 
     def _remember_signal(self, number, frame):
-        self.asked = True
+        asked_to_stop.set()
 
     def begin_step(self):
         if self.group is not None:
@@ -331,7 +419,7 @@ class Watch:
     def end_step(self):
         """To be called when the work of a step is queued on the device, before its results are
         waited for."""
-        asked = torch.tensor(int(self.asked))
+        asked = torch.tensor(int(asked_to_stop.is_set()))
         if self.group is not None:
             faulthandler.cancel_dump_traceback_later()
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
@@ -340,8 +428,10 @@ class Watch:
 
 def at_signal(function):
     """Has a scheduler's SIGTERM or SIGUSR1 to this process call function(number, frame)."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, function)
+    signal.signal(signal.SIGTERM, function)
+    # Windows has no SIGUSR1.
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, function)
 
 
 def stop_at_signal():

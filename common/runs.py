@@ -3,7 +3,7 @@ on filling.
 """
 
 import contextlib
-import fcntl
+import errno
 import functools
 import glob
 import json
@@ -35,6 +35,12 @@ from common.flags import FREE_FLAGS
 from common.pictures import save_grid
 from common.processes import barrier, mean_over_processes, rank, say, world
 
+try:
+    import fcntl
+except ModuleNotFoundError:
+    # Windows has none, and so no locks that end with their process.
+    fcntl = None
+
 # --------------------------------------------------------------------------------------------------
 # The folder
 
@@ -45,23 +51,14 @@ def lock(folder, wait=False):
 
     The lock ends with the process, however it ends, or when the returned file number is closed
     (None on all processes but the first). While another run holds it, this raises a UserError or,
-    with `wait`, waits.
+    with `wait`, waits. Where the file system has no locks, this warns, and the run goes on.
     """
     file = None
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             file = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT)
-            # Unlike flock's, these locks are not inherited by loader processes.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(
-                    f"another process is writing into {folder}; wait until it ends, or choose "
-                    "another --out"
-                ) from None
-            say(f"waiting for another process that writes into {folder}")
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            _lock_file(file, folder, wait)
         except OSError as error:
             raise UserError(
                 f"cannot write into {folder}: {error.strerror}; choose another folder with --out, "
@@ -70,6 +67,41 @@ def lock(folder, wait=False):
         _remove_half_written_files(folder)
     barrier()
     return file
+
+
+# What a file system without locks answers: NFS without its lock service, Lustre without -o flock.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def _lock_file(file, folder, wait):
+    """Locks an open file, given by its number, or does what `lock` says where it cannot."""
+    if fcntl is None:
+        _warn_of_no_locks("this system has no fcntl")
+        return
+    try:
+        # Unlike flock's, these locks are not inherited by loader processes.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(
+                f"another process is writing into {folder}; wait until it ends, or choose another "
+                "--out"
+            ) from None
+        say(f"waiting for another process that writes into {folder}")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(f"{folder}: {error.strerror}")
+
+
+@functools.cache
+def _warn_of_no_locks(reason):
+    """Warns once of each reason."""
+    say(
+        f"warning: no lock can be taken ({reason}); take care yourself that no two runs write into "
+        "one folder at the same time"
+    )
 
 
 def _remove_half_written_files(folder):
