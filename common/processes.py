@@ -75,6 +75,22 @@ def sentence_for_user(error):
             f"error: process {rank()} lost {silent_processes()}, which died or hangs; see the "
             "messages above and below"
         )
+    reason = compiler_failure(error)
+    if reason is not None:
+        return (
+            f"error: torch.compile failed: {reason}; pass --no-compile, or install a C++ compiler "
+            "and Python's headers"
+        )
+    return None
+
+
+def compiler_failure(error):
+    """Why torch.compile found no way to compile, None for an error of another kind."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        return first_line(error.inner_exception)
+    # Triton compiles the launcher of a kernel when it is first called.
+    if "Failed to find C compiler" in str(error):
+        return first_line(error)
     return None
 
 

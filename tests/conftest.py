@@ -24,6 +24,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # refuses a download at once instead of after several attempts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tests run on the CPU on any machine: runs of one and of several processes are compared, for which
+# one GPU does not suffice. CUDA reads this variable when it is first asked for.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # Flags of tiny networks. Those of TINY serve both training stages.
 TINY = shlex.split(
     "--batch-size 8 --lr 1e-3 --precision fp32 --workers 0 --log-every 1 --vfm test_vit"

@@ -101,6 +101,30 @@ def test_compiled_sampling_draws_the_pictures_of_eager_sampling(eager, inside, t
     assert np.abs(np.load("compiled.npz")["arr_0"] - wanted).max() <= 1
 
 
+def test_a_machine_without_a_compiler_gets_a_sentence(capsys, monkeypatch):
+    """Where inductor finds none when it compiles, and where Triton finds none when it runs."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-compiler-of-this-name"))
+    torch._dynamo.reset()
+
+    def on_cpu():
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+
+    def on_cuda():
+        _find_compiler = pytest.importorskip("triton.runtime.build")._find_compiler
+        _find_compiler.__wrapped__("c")
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    for work in (on_cpu, on_cuda):
+        with pytest.raises(SystemExit) as stop:
+            processes.run_main(work)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "compiler" in error
+        assert "--no-compile" in error
+        assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("name", "terms"), [("vae", VAE_TERMS), ("sit", SIT_TERMS)])
 def test_two_compiled_processes_have_the_losses_of_an_eager_one(eager, inside, name, terms):
     folder, words = eager

@@ -507,6 +507,42 @@ def test_vae_is_the_published_size(spec, count):
         assert vae.decode(mean).shape == (1, 3, 256, 256)
 
 
+def test_group_norm_keeps_bf16_and_has_the_statistics_of_fp32():
+    torch.manual_seed(0)
+    norm = models.GroupNorm(64, 8)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    torch.nn.init.normal_(norm.bias)
+    x = (2 + torch.randn(2, 64, 16, 16)).bfloat16().requires_grad_()
+    exact = copy.deepcopy(norm).double()
+    x_exact = x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    wanted = F.group_norm(x_exact, 8, exact.weight, exact.bias, 1e-6)
+    assert y.dtype == torch.bfloat16
+    assert norm(x.float()).dtype == torch.float32
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-7, atol=2**-6)
+
+    direction = torch.randn(y.shape)
+    (y * direction).sum().backward()
+    (wanted * direction).sum().backward()
+    for found, gradient in (
+        (x.grad, x_exact.grad),
+        (norm.weight.grad, exact.weight.grad),
+        (norm.bias.grad, exact.bias.grad),
+    ):
+        error = (found.double() - gradient).norm() / gradient.norm()
+        assert error < 0.01
+
+
+def test_compiled_group_norm_is_one_graph():
+    norm = models.GroupNorm(8, 2)
+    x = torch.randn(2, 8, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(compiled, norm(x))
+    torch._dynamo.reset()
+
+
 def test_grad_checkpoint_changes_nothing_but_memory():
     torch.manual_seed(0)
     vae = models.VAE("f4d4", 32, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1)
