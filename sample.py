@@ -324,9 +324,18 @@ def set_labels(kind, ids, num_classes, seed):
 # Grids and sets
 
 
-def draw_batch(sit, vae, ids, labels, args, precision):
-    """draw with the seed and the sampler of the command line -> uint8 (B,3,H,W)."""
-    return draw(
+def draw_batch(sit, vae, ids, labels, args, precision, size):
+    """draw with the seed and the sampler of the command line -> uint8 (B,3,H,W).
+
+    size: the number of pictures in a full batch. A smaller batch would have the networks compiled
+    anew, so it is filled up with copies of its last picture, which are not returned.
+    """
+    count = len(ids)
+    if args.compile:
+        chosen = torch.arange(size, device=ids.device).clamp(max=count - 1)
+        ids = ids[chosen]
+        labels = labels[chosen]
+    pictures = draw(
         sit,
         vae,
         ids,
@@ -338,6 +347,7 @@ def draw_batch(sit, vae, ids, labels, args, precision):
         args.cfg,
         args.interval,
     )
+    return pictures[:count]
 
 
 def draw_grid(sit, vae, args, device, precision):
@@ -349,10 +359,11 @@ def draw_grid(sit, vae, args, device, precision):
     if rank() == 0:
         ids = torch.arange(len(classes) * args.n, device=device)
         labels = torch.tensor(classes, device=device).repeat_interleave(args.n)
-        batches = zip(ids.split(args.batch_size), labels.split(args.batch_size), strict=True)
+        size = min(args.batch_size, len(ids))
+        batches = zip(ids.split(size), labels.split(size), strict=True)
         pictures = torch.cat(
             [
-                draw_batch(sit, vae, batch_ids, batch_labels, args, precision)
+                draw_batch(sit, vae, batch_ids, batch_labels, args, precision, size)
                 for batch_ids, batch_labels in tqdm(batches, unit="batch")
             ]
         )
@@ -430,7 +441,8 @@ def draw_set(sit, vae, args, device, precision, settings):
         end = min(first + args.batch_size, args.num)
         ids = torch.arange(first, end, device=device)
         labels = set_labels(args.labels, ids, sit.num_classes, args.seed)
-        images = draw_batch(sit, vae, ids, labels, args, precision)  # (b,3,H,W)
+        size = min(args.batch_size, args.num)
+        images = draw_batch(sit, vae, ids, labels, args, precision, size)  # (b,3,H,W)
         pictures[first:end] = images.permute(0, 2, 3, 1).cpu().numpy()
         mark_done(pictures, done, block)
 
@@ -501,9 +513,13 @@ def main():
     say(f"sampler   {args.sampler}, {args.steps} steps, {guidance}")
 
     # Pictures
-    if wants_compile(args, device):
-        sit.forward = torch.compile(sit.forward)
-        vae.decode = torch.compile(vae.decode)
+    args.compile = wants_compile(args, device)
+    if args.compile:
+        # The SiT is compiled once for a batch and once, with guidance, for a doubled one. With the
+        # null half in all steps once would do, but sampling with the default flags would then take
+        # a seventh longer. Code for any size would be slower than code for these two.
+        sit.forward = torch.compile(sit.forward, dynamic=False)
+        vae.decode = torch.compile(vae.decode, dynamic=False)
     if args.num:
         draw_set(sit, vae, args, device, precision, settings)
     else:

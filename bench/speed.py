@@ -358,7 +358,7 @@ def sampling(setting, size, batch, sampler, steps, cfg, timed_steps=4, **shape):
     # could be trained.
     net = wake(models.SiT(size, **shape)).to(setting.device).eval()
     if setting.compile:
-        net.forward = torch.compile(net.forward)
+        net.forward = torch.compile(net.forward, dynamic=False)
     ids = torch.arange(batch, device=setting.device)
     latent = (net.channels, net.latent_size, net.latent_size)
 
