@@ -11,11 +11,12 @@ The strength of each attribute is the one with the lowest loss on the validation
     python probe.py --vae runs/vae sdvae --data data/celeba data/awa2  # a table: measures x VAEs
     python probe.py --task classes --data data/imagenet        # linear-probe accuracy
     python probe.py --task uniformity --task mixture           # Gini of the density, mixtures' fit
+    python probe.py --task disentanglement --task editing      # DCI, SAP, MIG; edited pictures
     python probe.py --vae runs/a runs/b runs/c --gfid fid.csv  # correlation of measures with FID
 
 Benchmarks: CelebA, DeepFashion, AwA2 as distributed, any folder in CelebA's form, and for classes
 any image folder. It writes to --out (runs/probe): result.json, a .csv of each attribute's results,
-pictures/, correlation.png. Features (fp16) stay in --cache.
+pictures/, edits/, correlation.png. Features (fp16) stay in --cache.
 """
 
 import argparse
@@ -31,12 +32,14 @@ from tqdm import tqdm
 
 from common.files import UserError, write_json
 from common.flags import parse_flags
-from common.pictures import PictureBlocks, from_uint8, load_batches
+from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import autocast, barrier, rank, resolve_precision, run_main, say, setup, world
 from common.runs import lock, mark_done, newest_result, provenance, resumable_array
 from common.weights import load_vae
 from probing import correlation, tables
-from probing.benchmarks import read_benchmarks
+from probing.benchmarks import NEED_ATTRIBUTES, read_benchmarks
+from probing.disentanglement import disentanglement
+from probing.editing import edit_attributes
 from probing.latent_shape import latent_points, mixture, uniformity
 from probing.multilabel import average_precision, best_thresholds, f1_scores, topk_recall
 
@@ -67,7 +70,14 @@ def parse_arguments(argv=None):
     p.add_argument(
         "--task",
         action="append",
-        choices=["attributes", "classes", "uniformity", "mixture"],
+        choices=[
+            "attributes",
+            "classes",
+            "uniformity",
+            "mixture",
+            "disentanglement",
+            "editing",
+        ],
         help="may be given several times (default: attributes)",
     )
     p.add_argument(
@@ -90,6 +100,15 @@ def parse_arguments(argv=None):
         type=int,
         default=8,
         help="draw so many pictures with an attribute's highest, and lowest, scores; 0: none",
+    )
+    p.add_argument(
+        "--edit-direction",
+        choices=["pattern", "weight"],
+        default="pattern",
+        help="edit latents along their covariance with the probe's score, or along its weights",
+    )
+    p.add_argument(
+        "--orthogonal", action="store_true", help="edits leave the scores of other attributes alone"
     )
     p.add_argument("--out", default="runs/probe")
     p.add_argument("--cache", default="runs/cache", help="folder of the features")
@@ -619,7 +638,7 @@ def probe_one(benchmark, features, label, size, args, device):
     """Fits a probe to features (N,D) of a benchmark and measures it. Writes the results of each
     attribute under the label, with its extreme pictures of size x size unless size is None.
 
-    -> {measure: [value, low, high]}, and what result.json records about the fit"""
+    -> {measure: [value, low, high]}, what result.json records about the fit, and the probe"""
     train, val, test = benchmark.parts
     targets = benchmark.targets
     probe = fit_linear_probe(
@@ -634,7 +653,7 @@ def probe_one(benchmark, features, label, size, args, device):
     tables.write_results(benchmark, label, probe.strength, scores, columns, size, args)
     strengths, counts = np.unique(probe.strength, return_counts=True)
     chosen = {f"{s:g}": int(count) for s, count in zip(strengths, counts, strict=True)}
-    return values, {**probe.info, "strengths": chosen}
+    return values, {**probe.info, "strengths": chosen}, probe
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,7 +669,7 @@ class Job(NamedTuple):
 
 
 def needs_probe(args):
-    return "attributes" in args.task or "classes" in args.task
+    return bool(NEED_ATTRIBUTES.intersection(args.task)) or "classes" in args.task
 
 
 def latent_job(benchmark, vae, args, device):
@@ -716,13 +735,53 @@ def run_job(benchmark, label, job, args, device):
     result.json records about how it was measured."""
     values, about = {}, {}
     if needs_probe(args):
-        values, about = probe_one(benchmark, job.features, label, job.size, args, device)
+        values, about, probe = probe_one(benchmark, job.features, label, job.size, args, device)
+    has_attributes = benchmark.targets.ndim == 2
+    if "disentanglement" in args.task and has_attributes and job.size is not None:
+        task_values, about["disentanglement"] = disentangle_one(benchmark, job.features, probe)
+        values.update(task_values)
+    # The rest is about latents only.
+    if job.channels is None:
+        return values, about
+    if "editing" in args.task and has_attributes:
+        task_values, about["editing"] = edit_one(benchmark, label, job, probe, args, device)
+        values.update(task_values)
     for task, function in (("uniformity", uniformity), ("mixture", mixture)):
-        if task in args.task and job.channels is not None:
+        if task in args.task:
             points = latent_points(job.features, job.channels, args.seed)
-            shape_values, about[task] = function(points, args.seed)
-            values.update(shape_values)
+            task_values, about[task] = function(points, args.seed)
+            values.update(task_values)
     return values, about
+
+
+def disentangle_one(benchmark, features, probe):
+    """DCI, SAP and MIG of features (N,D) -> {measure: [value]}, and what result.json records."""
+    training, _, test = benchmark.parts
+    _, deviation = mean_and_deviation(features[training], "cpu")
+    return disentanglement(
+        probe.weight.cpu().numpy(),
+        deviation.numpy(),
+        probe.scores(features[test]),
+        features[test],
+        benchmark.targets[test],
+    )
+
+
+def edit_one(benchmark, label, job, probe, args, device):
+    """Edits the attributes of pictures in the latents of the VAE at the path `label`
+    -> {measure: [value]}, and what result.json records."""
+    vae = load_vae(label, device)
+    side = vae.latent_size
+
+    @torch.no_grad()
+    def decode(latents):
+        maps = latents.to(device).view(len(latents), vae.channels, side, side)
+        return to_uint8(vae.decode(vae.denormalize(maps))).cpu()
+
+    weight = probe.weight.cpu()
+    return edit_attributes(
+        benchmark, label, weight, job.features, decode, vae.resolution, args, device
+    )
 
 
 def main():

@@ -428,6 +428,10 @@ READERS = {
 }
 
 
+# The tasks of probe.py that are about attributes.
+NEED_ATTRIBUTES = {"attributes", "disentanglement", "editing"}
+
+
 def attribute_reader(root):
     """The reader of a folder's annotations, or None if there are none that we know."""
     for pattern, reader in READERS.items():
@@ -444,7 +448,8 @@ def read_folder(root, args):
     reader = attribute_reader(root)
     if reader is not None and args.task != ["classes"]:
         readers.append(reader)
-    wants_classes = "classes" in args.task or (not readers and "attributes" not in args.task)
+    needs_attributes = NEED_ATTRIBUTES.intersection(args.task)
+    wants_classes = "classes" in args.task or (not readers and not needs_attributes)
     # A folder that was found under data/ may be anything, unless it has a train/.
     may_have_classes = args.data or os.path.isdir(os.path.join(root, "train"))
     if wants_classes and may_have_classes:

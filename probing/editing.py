@@ -1,0 +1,203 @@
+"""Editing pictures by their attributes, for probe.py: latents are moved along an attribute's
+direction and decoded, and a classifier on pictures, which knows nothing of the VAE, says which
+attributes that changed.
+
+N pictures have D latents z (flattened, normalised) and A attributes. A linear probe gives the score
+s_a = w_a z + b_a of attribute a.
+"""
+
+import io
+import csv
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.files import writing
+from common.pictures import from_uint8, save_grid
+from probing.multilabel import f1_scores
+from probing.tables import slug
+
+# Columns of a picture: how many standard deviations of its score an attribute is moved.
+STEPS = (-3, -2, -1, 0, 1, 2, 3)
+# The leakage is measured on so many held-out pictures, of which the first are drawn.
+JUDGED_PICTURES = 128
+DRAWN_PICTURES = 8
+PICTURES_AT_ONCE = 64
+# Of the training split; directions and judge are taken from at most so many.
+TRAINING_PICTURES = 10000
+
+
+# --------------------------------------------------------------------------------------------------
+# Directions
+
+
+def edit_directions(weight, latents, kind, orthogonal):
+    """The displacements of the latents that raise each attribute's score by one standard deviation.
+
+    kind "pattern": along the covariance of the latents with the score (Haufe et al., NeuroImage
+    2014), so that z moves as it does, on average, among pictures whose score is that much higher.
+    kind "weight": along w_a, the shortest way to that score. With `orthogonal`, the other
+    attributes' scores stay as they are.
+
+    weight: float32 (D,A). latents: (N,D), as they come. -> (A,D)"""
+    latents = latents - latents.mean(0)
+    scores = latents @ weight  # (N,A)
+    deviation = scores.std(0, correction=0)
+    base = weight
+    if kind == "pattern":
+        base = latents.T @ scores / len(latents)
+    # gain[b,a]: how much the score of b rises along the base of a.
+    gain = (weight.T @ base).double()
+    if orthogonal:
+        mixture = torch.linalg.pinv(gain, rtol=1e-6)
+        directions = base.double() @ mixture
+        directions = directions * deviation
+    else:
+        directions = base.double() * (deviation / gain.diagonal())
+    return directions.T.float()
+
+
+# --------------------------------------------------------------------------------------------------
+# The judge: a classifier on pictures
+
+
+def build_judge(attributes):
+    """A small convolutional network: pictures (B,3,S,S) in [-1,1] -> logits (B,A)."""
+    layers = []
+    width = 3
+    for next_width, stride in ((32, 1), (64, 2), (128, 2), (128, 2)):
+        layers += [
+            nn.Conv2d(width, next_width, 3, stride, 1),
+            nn.GroupNorm(8, next_width),
+            nn.SiLU(),
+        ]
+        width = next_width
+    # Positions are kept to 2 x 2, since where an object is may be an attribute.
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, attributes)
+    )
+
+
+def train_judge(pictures, targets, seed, device, steps=600, batch=64):
+    """pictures: uint8 (N,3,S,S). targets: int8 (N,A) of 1, 0, and -1 for unknown.
+    -> the judge, in eval mode"""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = build_judge(targets.shape[1]).to(device)
+    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    targets = torch.as_tensor(targets)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        picked = rng.integers(0, len(pictures), batch)
+        target = targets[picked].to(device)
+        logits = judge(from_uint8(pictures[picked].to(device)))
+        loss = F.binary_cross_entropy_with_logits(logits, (target == 1).float(), reduction="none")
+        loss = (loss * (target >= 0)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def probabilities(judge, pictures, device):
+    """uint8 pictures (N,3,S,S) -> the judge's probabilities, (N,A)."""
+    blocks = []
+    for block in pictures.split(PICTURES_AT_ONCE):
+        blocks.append(judge(from_uint8(block.to(device))).sigmoid().cpu())
+    return torch.cat(blocks).numpy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Edits, and what they change
+
+
+def edited_pictures(latents, direction, decode):
+    """latents: (M,D). direction: (D,). decode: latents (b,D) -> uint8 (b,3,S,S).
+    -> uint8 (M,len(STEPS),3,S,S)"""
+    columns = []
+    for step in STEPS:
+        moved = (latents + step * direction).split(PICTURES_AT_ONCE)
+        columns.append(torch.cat([decode(block) for block in moved]))
+    return torch.stack(columns, 1)
+
+
+def summary(leakage):
+    """leakage: (A,A), see edit_attributes. -> {measure: [value]}"""
+    edited = np.abs(leakage.diagonal())
+    others = ~np.eye(len(leakage), dtype=bool)
+    values = {"edit: own change": [float(edited.mean())]}
+    if len(leakage) > 1:
+        values["edit: leakage"] = [float(np.abs(leakage)[others].mean())]
+    return values
+
+
+def edit_attributes(benchmark, label, weight, latents, decode, size, args, device):
+    """Edits held-out pictures by every attribute that both occurs and is absent in the training
+    split. Writes to args.out, for each attribute, edits/<benchmark>-<label>/<attribute>.png (a
+    row for each picture, a column for each of STEPS) and one leakage.csv.
+
+    The leakage of attribute a on attribute b is how much the judge's probability of b rises from
+    the first of STEPS to the last, a mean over the pictures.
+
+    weight: (D,A), the probe's. latents: (N,D), an array of all pictures of the benchmark. decode:
+    latents (b,D) -> uint8 (b,3,size,size).
+    -> {measure: [value]}, and what result.json records about it"""
+    training, _, test = benchmark.parts
+    targets = benchmark.targets
+    varied = (targets[training] == 1).any(0) & (targets[training] == 0).any(0)
+    chosen = np.flatnonzero(varied)
+    names = [benchmark.attributes[a] for a in chosen]
+    rng = np.random.default_rng(args.seed)
+
+    picked = np.sort(rng.permutation(np.arange(training.stop))[:TRAINING_PICTURES])
+    judge = train_judge(
+        benchmark.load(picked, size), targets[np.ix_(picked, chosen)], args.seed, device
+    )
+    held_out = rng.permutation(np.arange(test.start, test.stop))[:JUDGED_PICTURES]
+    # The judge's own quality, on the originals.
+    originals = probabilities(judge, benchmark.load(held_out, size), device)
+    judge_f1, _, _ = f1_scores(originals, targets[np.ix_(held_out, chosen)], 0.5)
+
+    directions = edit_directions(
+        torch.as_tensor(weight[:, chosen]).cpu(),
+        torch.as_tensor(latents[picked].astype(np.float32)),
+        args.edit_direction,
+        args.orthogonal,
+    )
+    start = torch.as_tensor(latents[held_out].astype(np.float32))
+    folder = os.path.join(args.out, "edits", f"{slug(benchmark.name)}-{slug(label)}")
+    leakage = np.empty((len(chosen), len(chosen)))
+    for index, (name, direction) in enumerate(zip(names, directions, strict=True)):
+        pictures = edited_pictures(start, direction, decode)
+        first = probabilities(judge, pictures[:, 0], device)
+        last = probabilities(judge, pictures[:, -1], device)
+        leakage[index] = (last - first).mean(0)
+        save_grid(os.path.join(folder, f"{slug(name)}.png"), list(pictures[:DRAWN_PICTURES]))
+    write_leakage(os.path.join(folder, "leakage.csv"), names, leakage)
+    about = {
+        "direction": args.edit_direction,
+        "orthogonal": args.orthogonal,
+        "steps": list(STEPS),
+        "pictures": len(held_out),
+        "judge_f1_macro": float(judge_f1),
+        "attributes": names,
+        "leakage": leakage.round(4).tolist(),
+    }
+    return summary(leakage), about
+
+
+def write_leakage(path, names, leakage):
+    """Writes the matrix (A,A): a line for each edited attribute, a column for each judged one."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["edited", *names])
+    for name, row in zip(names, leakage, strict=True):
+        writer.writerow([name, *(f"{value:.4f}" for value in row)])
+    with writing(path) as file:
+        file.write(text.getvalue().encode())
