@@ -737,7 +737,9 @@ def run_job(benchmark, label, job, args, device):
     if needs_probe(args):
         values, about, probe = probe_one(benchmark, job.features, label, job.size, args, device)
     has_attributes = benchmark.targets.ndim == 2
-    if "disentanglement" in args.task and has_attributes and job.size is not None:
+    # The single feature of the majority's prediction is always 0.
+    has_codes = job.features.shape[1] > 1
+    if "disentanglement" in args.task and has_attributes and has_codes:
         task_values, about["disentanglement"] = disentangle_one(benchmark, job.features, probe)
         values.update(task_values)
     # The rest is about latents only.

@@ -20,7 +20,7 @@ from common.pictures import from_uint8, save_grid
 from probing.multilabel import f1_scores
 from probing.tables import slug
 
-# Columns of a picture: how many standard deviations of its score an attribute is moved.
+# Columns of a picture: by how many standard deviations the latents are moved.
 STEPS = (-3, -2, -1, 0, 1, 2, 3)
 # The leakage is measured on so many held-out pictures, of which the first are drawn.
 JUDGED_PICTURES = 128
@@ -28,6 +28,8 @@ DRAWN_PICTURES = 8
 PICTURES_AT_ONCE = 64
 # Of the training split; directions and judge are taken from at most so many.
 TRAINING_PICTURES = 10000
+# Side of the pictures that the judge sees, in pixels.
+JUDGE_SIZE = 64
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,29 +37,26 @@ TRAINING_PICTURES = 10000
 
 
 def edit_directions(weight, latents, kind, orthogonal):
-    """The displacements of the latents that raise each attribute's score by one standard deviation.
+    """A direction for each attribute, as long as one standard deviation of the latents along it.
 
-    kind "pattern": along the covariance of the latents with the score (Haufe et al., NeuroImage
-    2014), so that z moves as it does, on average, among pictures whose score is that much higher.
-    kind "weight": along w_a, the shortest way to that score. With `orthogonal`, the other
-    attributes' scores stay as they are.
+    kind "pattern": the covariance of the latents with the attribute's score (Haufe et al.,
+    NeuroImage 2014), so that z moves as it does, on average, among pictures with a higher score.
+    kind "weight": w_a, the shortest way to a higher score. With `orthogonal`, it is the combination
+    of all attributes' directions along which the scores of the others stay as they are.
 
     weight: float32 (D,A). latents: (N,D), as they come. -> (A,D)"""
     latents = latents - latents.mean(0)
-    scores = latents @ weight  # (N,A)
-    deviation = scores.std(0, correction=0)
-    base = weight
+    directions = weight
     if kind == "pattern":
-        base = latents.T @ scores / len(latents)
-    # gain[b,a]: how much the score of b rises along the base of a.
-    gain = (weight.T @ base).double()
+        directions = latents.T @ (latents @ weight)  # (D,A)
     if orthogonal:
-        mixture = torch.linalg.pinv(gain, rtol=1e-6)
-        directions = base.double() @ mixture
-        directions = directions * deviation
-    else:
-        directions = base.double() * (deviation / gain.diagonal())
-    return directions.T.float()
+        # How much each score rises along each direction, (A,A). Scores that always move together
+        # cannot be told apart: their singular values are dropped.
+        gain = (weight.T @ directions).double()
+        directions = directions @ torch.linalg.pinv(gain, rtol=1e-6).float()
+    directions = F.normalize(directions, dim=0)
+    deviation = (latents @ directions).std(0, correction=0)
+    return (directions * deviation).T
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,10 +64,10 @@ def edit_directions(weight, latents, kind, orthogonal):
 
 
 def build_judge(attributes):
-    """A small convolutional network: pictures (B,3,S,S) in [-1,1] -> logits (B,A)."""
+    """A small convolutional network: pictures (B,3,s,s) in [-1,1] -> logits (B,A)."""
     layers = []
     width = 3
-    for next_width, stride in ((32, 1), (64, 2), (128, 2), (128, 2)):
+    for next_width, stride in ((24, 1), (48, 2), (96, 2), (128, 2)):
         layers += [
             nn.Conv2d(width, next_width, 3, stride, 1),
             nn.GroupNorm(8, next_width),
@@ -81,7 +80,14 @@ def build_judge(attributes):
     )
 
 
-def train_judge(pictures, targets, seed, device, steps=600, batch=64):
+def judge_input(pictures, device):
+    """uint8 (B,3,S,S) -> float (B,3,s,s) in [-1,1], of at most JUDGE_SIZE pixels a side."""
+    pictures = from_uint8(pictures.to(device))
+    side = min(pictures.shape[-1], JUDGE_SIZE)
+    return F.adaptive_avg_pool2d(pictures, side)
+
+
+def train_judge(pictures, targets, seed, device, steps, batch=64):
     """pictures: uint8 (N,3,S,S). targets: int8 (N,A) of 1, 0, and -1 for unknown.
     -> the judge, in eval mode"""
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +100,7 @@ def train_judge(pictures, targets, seed, device, steps=600, batch=64):
     for _ in range(steps):
         picked = rng.integers(0, len(pictures), batch)
         target = targets[picked].to(device)
-        logits = judge(from_uint8(pictures[picked].to(device)))
+        logits = judge(judge_input(pictures[picked], device))
         loss = F.binary_cross_entropy_with_logits(logits, (target == 1).float(), reduction="none")
         loss = (loss * (target >= 0)).mean()
         optimizer.zero_grad()
@@ -109,7 +115,7 @@ def probabilities(judge, pictures, device):
     """uint8 pictures (N,3,S,S) -> the judge's probabilities, (N,A)."""
     blocks = []
     for block in pictures.split(PICTURES_AT_ONCE):
-        blocks.append(judge(from_uint8(block.to(device))).sigmoid().cpu())
+        blocks.append(judge(judge_input(block, device)).sigmoid().cpu())
     return torch.cat(blocks).numpy()
 
 
@@ -117,14 +123,11 @@ def probabilities(judge, pictures, device):
 # Edits, and what they change
 
 
-def edited_pictures(latents, direction, decode):
-    """latents: (M,D). direction: (D,). decode: latents (b,D) -> uint8 (b,3,S,S).
-    -> uint8 (M,len(STEPS),3,S,S)"""
-    columns = []
-    for step in STEPS:
-        moved = (latents + step * direction).split(PICTURES_AT_ONCE)
-        columns.append(torch.cat([decode(block) for block in moved]))
-    return torch.stack(columns, 1)
+def edited_pictures(latents, displacement, decode):
+    """latents: (M,D). displacement: (D,). decode: latents (b,D) -> uint8 (b,3,S,S).
+    -> uint8 (M,3,S,S)"""
+    blocks = (latents + displacement).split(PICTURES_AT_ONCE)
+    return torch.cat([decode(block) for block in blocks])
 
 
 def summary(leakage):
@@ -137,7 +140,7 @@ def summary(leakage):
     return values
 
 
-def edit_attributes(benchmark, label, weight, latents, decode, size, args, device):
+def edit_attributes(benchmark, label, weight, latents, decode, size, args, device, judge_steps=600):
     """Edits held-out pictures by every attribute that both occurs and is absent in the training
     split. Writes to args.out, for each attribute, edits/<benchmark>-<label>/<attribute>.png (a
     row for each picture, a column for each of STEPS) and one leakage.csv.
@@ -157,7 +160,11 @@ def edit_attributes(benchmark, label, weight, latents, decode, size, args, devic
 
     picked = np.sort(rng.permutation(np.arange(training.stop))[:TRAINING_PICTURES])
     judge = train_judge(
-        benchmark.load(picked, size), targets[np.ix_(picked, chosen)], args.seed, device
+        benchmark.load(picked, size),
+        targets[np.ix_(picked, chosen)],
+        args.seed,
+        device,
+        judge_steps,
     )
     held_out = rng.permutation(np.arange(test.start, test.stop))[:JUDGED_PICTURES]
     # The judge's own quality, on the originals.
@@ -174,11 +181,14 @@ def edit_attributes(benchmark, label, weight, latents, decode, size, args, devic
     folder = os.path.join(args.out, "edits", f"{slug(benchmark.name)}-{slug(label)}")
     leakage = np.empty((len(chosen), len(chosen)))
     for index, (name, direction) in enumerate(zip(names, directions, strict=True)):
-        pictures = edited_pictures(start, direction, decode)
-        first = probabilities(judge, pictures[:, 0], device)
-        last = probabilities(judge, pictures[:, -1], device)
-        leakage[index] = (last - first).mean(0)
-        save_grid(os.path.join(folder, f"{slug(name)}.png"), list(pictures[:DRAWN_PICTURES]))
+        first = edited_pictures(start, STEPS[0] * direction, decode)
+        last = edited_pictures(start, STEPS[-1] * direction, decode)
+        rise = probabilities(judge, last, device) - probabilities(judge, first, device)
+        leakage[index] = rise.mean(0)
+        drawn = start[:DRAWN_PICTURES]
+        columns = [edited_pictures(drawn, step * direction, decode) for step in STEPS]
+        rows = torch.stack(columns, 1)  # (8,7,3,S,S)
+        save_grid(os.path.join(folder, f"{slug(name)}.png"), list(rows))
     write_leakage(os.path.join(folder, "leakage.csv"), names, leakage)
     about = {
         "direction": args.edit_direction,

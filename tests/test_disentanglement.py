@@ -4,13 +4,18 @@ hand, scikit-learn and planted factors; edits of a planted set, whose decoder is
     python -m pytest tests/test_disentanglement.py
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy.linalg import hadamard
 from scipy.stats import entropy
 from sklearn.metrics import balanced_accuracy_score, mutual_info_score
 from sklearn.tree import DecisionTreeClassifier
 
+from probe import fit_linear_probe
 from probing.disentanglement import (
     balanced_accuracy,
     dci,
@@ -19,6 +24,7 @@ from probing.disentanglement import (
     sap_and_mig,
     threshold_accuracies,
 )
+from probing.editing import edit_attributes, edit_directions
 
 
 def planted(n=4000, seed=0):
@@ -125,3 +131,127 @@ def test_a_probe_that_reads_each_attribute_from_its_code_scores_one():
     assert values["DCI completeness"] == [1]
     assert values["DCI informativeness"][0] > 0.98
     assert about["codes"] == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Editing
+
+
+def latents_of(targets, rng):
+    """Latents (N,6) in which the first three hold the attributes (N,3), mixed by a fixed rotation
+    with three that hold none."""
+    codes = rng.normal(size=(len(targets), 6))
+    codes[:, :3] = 0.3 * codes[:, :3] + 2 * targets - 1
+    return (codes @ MIXING).astype(np.float32)
+
+
+MIXING = np.linalg.qr(np.random.default_rng(5).normal(size=(6, 6)))[0]
+
+
+def decode(latents):
+    """Latents (b,6) -> uint8 (b,3,16,16): a third of the picture, in one colour, is as bright as
+    the attribute's code is high."""
+    codes = latents.numpy() @ MIXING.T
+    pictures = np.full((len(codes), 3, 16, 16), 40.0)
+    for a in range(3):
+        brightness = 127.5 + 100 * codes[:, a].clip(-1, 1)
+        pictures[:, a, :, 5 * a : 5 * a + 5] = brightness[:, None, None]
+    return torch.as_tensor(pictures).to(torch.uint8)
+
+
+class PlantedBenchmark(SimpleNamespace):
+    def load(self, indices, size):
+        assert size == 16
+        return decode(torch.as_tensor(self.latents[indices]))
+
+
+@pytest.fixture(scope="module")
+def planted_pictures():
+    """600 pictures with three attributes; the third occurs more often where the first does."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((600, 3)) < 0.5).astype(np.int8)
+    follows = rng.random(600) < 0.5
+    targets[follows, 2] = targets[follows, 0]
+    return PlantedBenchmark(
+        name="planted",
+        attributes=["red", "green", "blue"],
+        targets=targets,
+        latents=latents_of(targets, rng),
+        parts=[slice(0, 400), slice(400, 450), slice(450, 600)],
+    )
+
+
+@pytest.fixture(scope="module")
+def probe(planted_pictures):
+    training, validation, _ = planted_pictures.parts
+    x, y = planted_pictures.latents, planted_pictures.targets
+    return fit_linear_probe(x[training], y[training], x[validation], y[validation])
+
+
+@pytest.mark.parametrize("kind", ["pattern", "weight"])
+def test_directions_are_one_standard_deviation_long(planted_pictures, probe, kind):
+    latents = torch.as_tensor(planted_pictures.latents)
+    for orthogonal in (False, True):
+        directions = edit_directions(probe.weight, latents, kind, orthogonal)
+        for direction in directions.numpy():
+            length = np.linalg.norm(direction)
+            along = planted_pictures.latents @ (direction / length)
+            assert along.std() == pytest.approx(length, rel=1e-4)
+    # The last ones are orthogonal: no other score moves.
+    moved = (directions @ probe.weight).numpy()
+    assert (moved.diagonal() > 0).all()
+    others = moved - np.diag(moved.diagonal())
+    assert np.abs(others).max() < 1e-3 * moved.diagonal().min()
+
+
+def test_the_pattern_is_the_regression_of_the_latents_on_the_score(planted_pictures, probe):
+    latents = torch.as_tensor(planted_pictures.latents)
+    direction = edit_directions(probe.weight, latents, "pattern", orthogonal=False)[0].numpy()
+    scores = (latents @ probe.weight)[:, 0].numpy()
+    slope = np.polyfit(scores, planted_pictures.latents, 1)[0]
+    cosine = slope @ direction / np.linalg.norm(slope) / np.linalg.norm(direction)
+    assert cosine == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pattern", "weight"])
+def test_the_edited_attribute_moves_more_than_any_other(planted_pictures, probe, kind, tmp_path):
+    args = SimpleNamespace(seed=0, out=tmp_path, edit_direction=kind, orthogonal=True)
+    values, about = edit_attributes(
+        planted_pictures, "vae", probe.weight, planted_pictures.latents, decode, 16, args, "cpu", 60
+    )
+    leakage = np.array(about["leakage"])
+    assert about["judge_f1_macro"] > 0.95
+    for a in range(3):
+        others = np.delete(np.abs(leakage[a]), a)
+        assert leakage[a, a] > 0.8
+        assert leakage[a, a] > 4 * others.max()
+    assert values["edit: own change"][0] == pytest.approx(leakage.diagonal().mean(), abs=1e-4)
+    folder = tmp_path / "edits" / "planted-vae"
+    rows = (folder / "leakage.csv").read_text().split("\n")
+    assert rows[0].strip() == "edited,red,green,blue"
+    # Eight pictures in seven columns.
+    width, height = Image.open(folder / "green.png").size
+    assert width / 7 == pytest.approx(height / 8, rel=0.05)
+
+
+def test_without_orthogonality_an_attribute_takes_along_what_goes_with_it(
+    planted_pictures, probe, tmp_path
+):
+    leakage = {}
+    for orthogonal in (False, True):
+        args = SimpleNamespace(
+            seed=0, out=tmp_path, edit_direction="pattern", orthogonal=orthogonal
+        )
+        _, about = edit_attributes(
+            planted_pictures,
+            "vae",
+            probe.weight,
+            planted_pictures.latents,
+            decode,
+            16,
+            args,
+            "cpu",
+            60,
+        )
+        leakage[orthogonal] = np.array(about["leakage"])
+    assert leakage[False][0, 2] > leakage[True][0, 2] + 0.2

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from common.files import write_weights
 from common.pictures import from_uint8
 from common.weights import load_vae
 from conftest import PLAIN_VAE, refused, script, torchrun
-from probing import benchmarks, latent_shape, multilabel
+from probing import benchmarks, editing, latent_shape, multilabel
 from probing.benchmarks import read_benchmarks
 from probing.correlation import correlate, report
 from tools.pictures import draw_pictures
@@ -890,6 +891,33 @@ def test_from_end_to_end(made, monkeypatch, capsys):
     assert np.mean(each) == pytest.approx(f1["runs/vae2"][0])
     with Image.open("runs/probe/pictures/pictures-runs-vae2/Red.png") as grid:
         assert grid.size[0] > 300
+
+
+def test_disentanglement_and_editing(made, monkeypatch):
+    monkeypatch.chdir(made)
+    # Few pictures and a judge of three steps judge badly, which does not matter here.
+    monkeypatch.setattr(editing, "JUDGED_PICTURES", 8)
+    monkeypatch.setattr(probe, "edit_attributes", partial(editing.edit_attributes, judge_steps=3))
+    tasks = ["--task", "disentanglement", "--task", "editing", "--orthogonal"]
+    run_probe(*tasks, "--vae", "runs/vae2", "--pictures", 0, "--out", "edited")
+    result = read_result("edited")
+    values = result["results"]["pictures"]
+    # The probe of the pixels has codes too. Nothing is decoded from them.
+    assert set(values["DCI disentanglement"]) == {"runs/vae2", "256 pixels"}
+    assert set(values["edit: leakage"]) == {"runs/vae2"}
+    for name in ("DCI disentanglement", "DCI completeness", "DCI informativeness", "SAP", "MIG"):
+        assert 0 <= values[name]["runs/vae2"][0] <= 1
+    about = result["fits"]["pictures, runs/vae2"]["editing"]
+    assert np.shape(about["leakage"]) == (20, 20)
+    assert about["orthogonal"] is True
+    folder = os.path.join("edited", "edits", "pictures-runs-vae2")
+    assert len(os.listdir(folder)) == 21
+
+
+def test_editing_needs_attributes(pictures, inside, capsys):
+    with pytest.raises(SystemExit):
+        run_probe("--task", "editing", "--data", pictures, "--vae", "none")
+    assert "has no annotations" in capsys.readouterr().err
 
 
 def test_cached_features_are_used_again(made, monkeypatch):
