@@ -494,7 +494,7 @@ def main():
     for step in range(start, total + 1):
         # Log?
         if log.due(args.log_every, step):
-            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            guard.check(args, newest_checkpoint, final=step == total)
             log.line(step)
 
         # Picture?
@@ -507,7 +507,7 @@ def main():
         # Save? Not after a bad step, so that the last checkpoint is from before a series of them.
         save_due = log.due(args.save_every, step) or watch.stop
         if save_due:
-            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            guard.check(args, newest_checkpoint, final=step == total)
         if save_due and guard.good:
             weights = published_weights(parts, net.config, step, data, args, log)
             saver.save(step, weights, training_state(parts, step, args, log))

@@ -451,8 +451,9 @@ def show_pictures(log, step, vae, data, val_data, device, precision):
     if rank() != 0:
         return
     shown = data if val_data is None else val_data
-    batch = TrainingBatches(shown, world() * 8, seed=0, size=vae.resolution, flip=False)[0]
-    x = from_uint8(batch["image"].to(device))
+    order = TrainingBatches(shown, 8, seed=0)
+    index = np.array([order.index_at(position) for position in range(8)])
+    x = from_uint8(shown.stack(index, vae.resolution).to(device))
     with autocast(device, precision):
         z = vae.encode(x)[0]
         y = vae.decode(z)
@@ -703,7 +704,7 @@ def main():
 
         # Log?
         if log.due(args.log_every, step):
-            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            guard.check(args, newest_checkpoint, final=step == total)
             log.line(step)
 
         # Picture?
@@ -715,7 +716,7 @@ def main():
 
         # Save? Not after a bad step, so that the last checkpoint is from before a series of them.
         if save_due or watch.stop:
-            guard.check(args, newest_checkpoint(args.out), final=step == total)
+            guard.check(args, newest_checkpoint, final=step == total)
         weights = {}
         if save_due and guard.good:
             weights = measured_weights(

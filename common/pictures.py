@@ -424,8 +424,10 @@ class TrainingBatches(torch.utils.data.Dataset):
         self.world = world()
 
     def __getitem__(self, step):
+        # The processes take turns. So a step of several passes has the same pictures in each pass,
+        # all processes together, whatever their number: batch norms see one pass at a time.
         share = self.batch_size // self.world
-        position = step * self.batch_size + self.rank * share + np.arange(share)
+        position = step * self.batch_size + self.rank + self.world * np.arange(share)
         index = np.array([self.index_at(p) for p in position.tolist()])
         position = torch.from_numpy(position)
         flip = uniform(self.seed, "flip", position) < 0.5

@@ -6,6 +6,7 @@ import datetime
 import errno
 import faulthandler
 import hashlib
+import inspect
 import os
 import signal
 import sys
@@ -228,9 +229,10 @@ def setup(device=None, timeout=1800):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = use_own_gpu()
+    device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        join_processes("nccl" if device.startswith("cuda") else "gloo", timeout)
-    return torch.device(device)
+        join_processes(device, timeout)
+    return device
 
 
 def keep_freed_memory():
@@ -248,7 +250,8 @@ def keep_freed_memory():
 
 
 def use_own_gpu():
-    """Selects the GPU of this process's local rank and allows TF32. Returns its name, cuda:<n>."""
+    """Selects the GPU of this process's local rank, allows TF32, and has cuDNN choose the algorithm
+    of each convolution by timing them at the first call. Returns the GPU's name, cuda:<n>."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -258,14 +261,22 @@ def use_own_gpu():
     torch.cuda.set_device(local_rank)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
+    # Shapes stay the same during a run, so each is timed once. Two runs may choose differently, and
+    # then differ in rounding, as they do anyway: the default kernels add in no fixed order.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return f"cuda:{local_rank}"
 
 
-def join_processes(backend, timeout):
+def join_processes(device, timeout):
+    """Joins the other processes: with NCCL, which is told its GPU, or on CPUs with gloo."""
     limit = datetime.timedelta(seconds=timeout)
     store, number, count = next(dist.rendezvous("env://", timeout=limit))
     store = store_of_this_start(store, number, count)
-    dist.init_process_group(backend, timeout=limit, rank=number, world_size=count, store=store)
+    group = dict(rank=number, world_size=count, store=store, timeout=limit)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, **group)
+    else:
+        dist.init_process_group("gloo", **group)
     global attendance
     attendance = Attendance(dist.PrefixStore("attendance", store), number, count, timeout)
 
@@ -349,6 +360,18 @@ def available_cores():
 # Modules that several processes train together
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """sum_over_processes of a copy of a tensor, whose gradient is summed in the same way."""
+
+    @staticmethod
+    def forward(context, values):
+        return sum_over_processes(values.clone())
+
+    @staticmethod
+    def backward(context, gradient):
+        return sum_over_processes(gradient.clone())
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes. torch's own takes no CPU tensors, and CPUs and
     GPUs must give one training curve."""
@@ -361,10 +384,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         x = x.float()
         count = x.numel() // x.shape[1] * world()
-        # These sums over the processes are differentiable.
-        mean = torch.distributed.nn.functional.all_reduce(x.sum((0, 2, 3))) / count
+        mean = SumOverProcesses.apply(x.sum((0, 2, 3))) / count
         x = x - mean[:, None, None]
-        var = torch.distributed.nn.functional.all_reduce(x.square().sum((0, 2, 3))) / count
+        var = SumOverProcesses.apply(x.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
@@ -383,7 +405,10 @@ def parallel(module):
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = SyncBatchNorm
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are equal on all processes already. torch 2.14 has a new name for the argument.
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})
 
 
 @contextlib.contextmanager

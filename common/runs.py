@@ -498,14 +498,7 @@ class RunLog:
         """
         if step == self.start:
             return
-        means = {}
-        for term, total in _means_over_processes(self.running["sums"]).items():
-            count = float(self.running["counts"][term])
-            if count > 0:
-                means[term] = float(total) / count
-        bad_steps = round(float(self.running["bad_steps"]))
-        if bad_steps > 0:
-            means["bad_steps"] = bad_steps
+        means = self._read_means()
         self.running = self._no_sums()
 
         now = time.time()
@@ -518,6 +511,23 @@ class RunLog:
             self.bar.set_postfix(words, refresh=False)
             epoch = round(step / self.steps_per_epoch, 4)
             self.write(dict(step=step, epoch=epoch, **means, images_per_s=round(images_per_s, 2)))
+
+    def _read_means(self):
+        """The mean of each loss over the good steps, {term: float}, and "bad_steps" if there were
+        any. All of it is read at once, since each reading waits for the GPU."""
+        sums = _means_over_processes(self.running["sums"])
+        counts = self.running["counts"]
+        bad_steps = self.running["bad_steps"]
+        scalars = [*sums.values(), *(counts[term] for term in sums), bad_steps]
+        numbers = torch.stack(scalars).tolist()
+        means = {}
+        for i, term in enumerate(sums):
+            count = numbers[len(sums) + i]
+            if count > 0:
+                means[term] = numbers[i] / count
+        if numbers[-1] > 0:
+            means["bad_steps"] = round(numbers[-1])
+        return means
 
     def write(self, line):
         """Appends a line to metrics.jsonl. A failed write is a warning, and no line is lost or cut:

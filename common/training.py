@@ -97,6 +97,16 @@ def batch_norm_statistics(module):
     return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
 
 
+def clip_gradient(parameters, largest):
+    """Scales the gradient of all the parameters together down to the norm `largest` where it is
+    greater. Returns its norm before, a scalar on their device, which is 0 where none has a
+    gradient: clip_grad_norm_ returns a number on the CPU then, and its upload would make the host
+    wait for the GPU."""
+    if all(parameter.grad is None for parameter in parameters):
+        return torch.zeros((), device=parameters[0].device)
+    return nn.utils.clip_grad_norm_(parameters, largest)
+
+
 class Guard:
     """Steps an optimiser, unless a loss or a gradient norm is not finite. Such a bad step changes
     neither weights nor the statistics of batch norms, and counts towards the limit of bad steps in
@@ -128,11 +138,7 @@ class Guard:
         gradients. losses: {term: scalar}. Returns the norm of the first group's gradient before
         clipping, a scalar tensor.
         """
-        device = self.finite.device
-        norms = [
-            nn.utils.clip_grad_norm_(group["params"], self.clip).to(device)
-            for group in self.optimizer.param_groups
-        ]
+        norms = [clip_gradient(g["params"], self.clip) for g in self.optimizer.param_groups]
         values = dict(losses, grad_norm=norms[0])
         finite = torch.isfinite(torch.stack([*values.values(), *norms[1:]])).all().float()
         if world() > 1:
@@ -163,13 +169,12 @@ class Guard:
             earlier = self.last_bad_values.get(term, zero)
             self.last_bad_values[term] = torch.where(self.finite, earlier, value.detach())
 
-    def check(self, args, last_checkpoint, final):
+    def check(self, args, newest_checkpoint, final):
         """Reads the counts and sets `good`. Raises a UserError if more than --max-bad-steps in a
-        row were ever bad, or if the `final` step was. last_checkpoint: path of the newest one or
-        None, for the message.
+        row were ever bad, or if the `final` step was. newest_checkpoint: common.runs' function from
+        a folder to a path or None, for the message.
         """
-        in_a_row = int(self.bad_in_a_row)
-        most = int(self.most_bad_in_a_row)
+        in_a_row, most = torch.stack([self.bad_in_a_row, self.most_bad_in_a_row]).int().tolist()
         self.good = in_a_row == 0
         if most <= args.max_bad_steps and (self.good or not final):
             return
@@ -179,5 +184,5 @@ class Guard:
             f"{count} steps in a row, the last one {int(self.last_bad_step)}, were not finite "
             f"({', '.join(terms) or 'on another process'}) and did not enter the weights; the last "
             "good checkpoint "
-            f"is {last_checkpoint or 'none yet'}; lower --lr, or try --precision fp32"
+            f"is {newest_checkpoint(args.out) or 'none yet'}; lower --lr, or try --precision fp32"
         )

@@ -125,7 +125,8 @@ def command(processes, name, *words, restarts=0):
 
 
 def torchrun(processes, name, *words, cwd):
-    """Runs a stage to its end, which must be a good one, and returns what it printed."""
+    """Runs a stage to its end, which must be a good one without warnings, and returns what it
+    printed."""
     done = subprocess.run(
         command(processes, name, *words),
         cwd=cwd,
@@ -135,6 +136,8 @@ def torchrun(processes, name, *words, cwd):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    # Such as torch's FutureWarning of a function that is about to go.
+    assert "Warning:" not in done.stderr, done.stderr[-4000:]
     return done.stdout
 
 

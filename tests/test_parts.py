@@ -33,8 +33,8 @@ from common.pictures import (
     to_uint8,
 )
 from common.processes import run_main
-from common.runs import RunLog, match_memory_formats
-from common.training import Guard, ema_update, weight_of, weighted_sum
+from common.runs import RunLog, match_memory_formats, newest_checkpoint
+from common.training import Guard, clip_gradient, ema_update, weight_of, weighted_sum
 
 # --------------------------------------------------------------------------------------------------
 # Random draws
@@ -429,6 +429,11 @@ class GuardedRun:
 GUARD_ARGUMENTS = argparse.Namespace(out="nowhere", max_bad_steps=2)
 
 
+def no_listing(folder):
+    """Stands in for newest_checkpoint, which reads a folder and so is not for every line."""
+    raise AssertionError("the checkpoints were listed although there is no message")
+
+
 def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
     """Steps 1 and 2 have gradients that are not finite, step 4 a loss; the rest is as if they had
     not been."""
@@ -437,17 +442,17 @@ def test_a_bad_step_enters_neither_weights_nor_batch_statistics():
     assert run.finite == [True, False, False, True, False, True]
     for name in ("0.running_mean", "0.running_var", "0.weight", "1.weight", "1.bias"):
         assert torch.equal(run.state[name], without.state[name]), name
-    run.guard.check(GUARD_ARGUMENTS, None, final=True)
+    run.guard.check(GUARD_ARGUMENTS, no_listing, final=True)
     assert run.guard.good
 
 
 def test_a_bad_last_step_stops_a_run():
     guard = GuardedRun(["good", "loss"]).guard
-    guard.check(GUARD_ARGUMENTS, None, final=False)
+    guard.check(GUARD_ARGUMENTS, no_listing, final=False)
     assert not guard.good
-    message = "1 steps in a row, the last one 1, were not finite .flow. and did"
+    message = "1 steps in a row, the last one 1, were not finite .flow. and did.*is nowhere/5.pt"
     with pytest.raises(UserError, match=message):
-        guard.check(GUARD_ARGUMENTS, None, final=True)
+        guard.check(GUARD_ARGUMENTS, "{}/5.pt".format, final=True)
 
 
 def test_too_many_bad_steps_in_a_row_stop_a_run():
@@ -455,7 +460,7 @@ def test_too_many_bad_steps_in_a_row_stop_a_run():
     guard = GuardedRun(["good", "nan", "nan", "nan", "good"]).guard
     message = "3 steps in a row, the last one 3, were not finite .flow, grad_norm.*none yet"
     with pytest.raises(UserError, match=message):
-        guard.check(GUARD_ARGUMENTS, None, final=False)
+        guard.check(GUARD_ARGUMENTS, newest_checkpoint, final=False)
 
 
 def test_each_group_of_parameters_is_clipped_by_itself():
@@ -467,6 +472,37 @@ def test_each_group_of_parameters_is_clipped_by_itself():
     norm = guard.step({"loss": torch.ones(())}, 0)
     assert norm == 3
     assert (a.item(), b.item()) == pytest.approx((2, 39), abs=1e-5)
+
+
+def test_a_norm_without_gradients_is_a_zero_on_their_device():
+    """A zero on the CPU has to be uploaded, and so the host waits for the GPU at every step before
+    --gan-start. The meta device stands in for the GPU."""
+    parameters = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)]
+    assert clip_gradient(parameters, 1.0).device.type == "meta"
+    parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    assert clip_gradient(parameters, 1.0) == 0
+    parameters[0].grad = torch.tensor([0.0, 3.0, 4.0])
+    assert clip_gradient(parameters, 1.0) == 5
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.0, 0.6, 0.8]))
+
+
+def test_a_line_of_metrics_is_read_at_once(inside, monkeypatch):
+    """Each reading waits for the GPU."""
+    args = argparse.Namespace(out="run", batch_size=4, accum=1)
+    log = RunLog(args, None, start=0, total=9, steps_per_epoch=2.0)
+    losses = {term: torch.ones(()) for term in ("align", "recon", "kl", "grad_norm")}
+    log.add(losses, torch.tensor(True))
+    read = []
+    for name in ("__float__", "__int__", "__bool__", "item", "tolist"):
+        method = getattr(torch.Tensor, name)
+
+        def counted(tensor, name=name, method=method):
+            read.append(name)
+            return method(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    log.line(1)
+    assert read == ["tolist"]
 
 
 def test_means_of_metrics_are_over_good_steps(inside):
