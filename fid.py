@@ -31,6 +31,7 @@ from torch import nn
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
+from common.draws import epoch_order
 from common.files import (
     UserError,
     first_line,
@@ -85,6 +86,12 @@ def parse_arguments(argv=None):
         help=".npz (arr_0) or folder (default: the newest samples.npz under runs/)",
     )
     g.add_argument("--ref", help=".npz (mu and sigma, arr_0, or all, as ADM's) or folder")
+    g.add_argument(
+        "--adm",
+        action="store_true",
+        help="precision and recall with ADM's float16 distances, and the Inception Score of the "
+        "pictures in file order, as ADM's evaluator has them",
+    )
     g.add_argument(
         "--pr-images",
         type=whole_number,
@@ -373,6 +380,7 @@ def inception_score(sums):
     """Sums of score_terms over each split, (splits,C+1) -> Inception Score.
 
     The score is the mean over the splits of exp(mean KL(p(y|x) || p(y))), as in ADM's evaluator.
+    `collect` says which pictures are in a split.
     """
     # The probabilities of a picture sum to 1, so those of a split sum to its number of pictures.
     count = sums[:, :-1].sum(1, keepdim=True)
@@ -392,33 +400,53 @@ def squared_distances(a, b):
     return torch.addmm(b_squared, a, b.T, alpha=-2).add_(a_squared[:, None])
 
 
-def neighbour_distances(x, k, block):
+def half_distances(a, b):
+    """As squared_distances, with the rounding of ADM's evaluator: rows (N,D), (M,D) -> (N,M).
+
+    It casts the features to float16, and rounds every square, norm, product, difference and sum to
+    float16. Here norms and products are accumulated in float32 before they are rounded. If anything
+    leaves float16's range, the whole block is computed in float32.
+    """
+    rows = a.half()
+    columns = b.half()
+    row_norms = rows.square().float().sum(1).half()
+    column_norms = columns.square().float().sum(1).half()
+    products = (rows.float() @ columns.float().T).half()
+    distances = row_norms[:, None] - 2 * products + column_norms
+    if not distances.isfinite().all():
+        distances = squared_distances(a.float(), b.float())
+    return distances.float().clamp(min=0)
+
+
+def neighbour_distances(x, k, block, distances):
     """Rows (N,D) -> squared distance (N,) of each from its k-th neighbour among the others."""
-    distances = []
+    found = []
     for part in x.split(block):
         # The nearest of all is the row itself.
-        nearest = squared_distances(part, x).topk(k + 1, largest=False).values
-        distances.append(nearest[:, k])
-    return torch.cat(distances)
+        nearest = distances(part, x).topk(k + 1, largest=False).values
+        found.append(nearest[:, k])
+    return torch.cat(found)
 
 
-def precision_recall(ref, samples, k=3, block=512):
+def precision_recall(ref, samples, k=3, block=512, adm=False):
     """Features of the reference (N,D) and of the samples (M,D) -> precision, recall.
 
     Precision is the share of the samples that lie in the ball of some reference picture, which
     reaches to that picture's k-th neighbour in the reference. Recall exchanges the roles
-    (Kynkaanniemi et al. 2019). Distances are float64; `block` pictures are compared at a time.
+    (Kynkaanniemi et al. 2019). Distances are float64, or float16 as in ADM's evaluator with `adm`;
+    `block` pictures are compared at a time.
     """
     ref = torch.as_tensor(ref).double()
     samples = torch.as_tensor(samples).double()
-    ref_radii = neighbour_distances(ref, k, block)
-    sample_radii = neighbour_distances(samples, k, block)
+    distances = half_distances if adm else squared_distances
+    ref_radii = neighbour_distances(ref, k, block, distances)
+    sample_radii = neighbour_distances(samples, k, block, distances)
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     recalled = []
     for part, radii in zip(ref.split(block), ref_radii.split(block), strict=True):
-        distances = squared_distances(part, samples)  # (block,M)
-        precise |= (distances <= radii[:, None]).any(0)
-        recalled.append((distances <= sample_radii).any(1))
+        near = distances(part, samples)  # (block,M)
+        precise |= (near <= radii[:, None]).any(0)
+        recalled.append((near <= sample_radii).any(1))
     precision = precise.double().mean().item()
     recall = torch.cat(recalled).double().mean().item()
     return precision, recall
@@ -632,13 +660,18 @@ def mean_and_covariance(moments):
     return mu, sigma
 
 
-def collect(net, batches, count, keep=0):
+def collect(net, batches, count, keep=0, in_order=False):
     """Statistics of a set, from this process's share of its pictures.
 
     batches: positions in the set (b,) and images uint8 (b,3,H,W). count: pictures of the whole set.
-    keep: number of pictures whose features are kept.
+    keep: number of pictures whose features are kept. in_order: the splits of the Inception Score
+    follow the order of the set, as in ADM's evaluator. A set that is sorted by class would then
+    have few classes in each split, and a low score. So without it they follow a fixed shuffle.
     """
     device = next(net.parameters()).device
+    place = torch.arange(count, device=device)
+    if not in_order:
+        place = torch.from_numpy(epoch_order(0, 0, count)).to(device)
     keep = min(keep, count)
     moments = {
         name: torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
@@ -656,7 +689,7 @@ def collect(net, batches, count, keep=0):
             total.addmm_(x.T, x)
         if "logits" in outputs:
             terms = score_terms(outputs["logits"].softmax(1))
-            splits.index_add_(0, index // SPLIT_SIZE, terms)
+            splits.index_add_(0, place[index] // SPLIT_SIZE, terms)
         # Among the pictures before position i, i * keep // count are kept. Where this number grows
         # from a picture to the next one, the picture is kept.
         kept_before = index * keep // count
@@ -766,11 +799,11 @@ def set_distance(a, b, suffix=""):
     return frechet_distance(a[mu].cpu(), a[sigma].cpu(), b[mu].cpu(), b[sigma].cpu())
 
 
-def compare(net, got, ref):
+def compare(net, got, ref, adm=False):
     """Statistics of a set and of its reference -> {measure: float}; {} on all but rank 0.
 
     The first is "fid", or "fd-<model>" in another network's features. The others are measured
-    where the statistics for them are there.
+    where the statistics for them are there. adm: as for precision_recall.
     """
     if rank() != 0:
         return {}
@@ -787,7 +820,7 @@ def compare(net, got, ref):
     ref_features = ref.get("features", ())
     # Each picture needs three neighbours.
     if min(len(features), len(ref_features)) > 3:
-        precision, recall = precision_recall(ref_features.to(features.device), features)
+        precision, recall = precision_recall(ref_features.to(features.device), features, adm=adm)
         values["precision"] = precision
         values["recall"] = recall
     return values
@@ -842,8 +875,8 @@ def measure_samples(args, device):
     )
 
     batches = pictures.batches(device, args.workers)
-    statistics = collect(net, batches, pictures.count, keep=args.pr_images)
-    values = compare(net, statistics, reference)
+    statistics = collect(net, batches, pictures.count, args.pr_images, in_order=args.adm)
+    values = compare(net, statistics, reference, args.adm)
     compared = {
         "samples": pictures.record,
         "reference": reference_record,
