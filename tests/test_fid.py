@@ -314,6 +314,76 @@ def test_precision_and_recall_are_adms_and_torch_fidelitys(block):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+class TwoColours(torch.nn.Module):
+    """Stands for Inception, and tells red from blue pictures with certainty."""
+
+    def __init__(self):
+        super().__init__()
+        self.dims = {"pool": 3}
+        self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        pool = images.float().mean((2, 3))  # (b,3)
+        logits = torch.full((len(images), 1008), -50.0)
+        logits[:, 0] = pool[:, 0]
+        logits[:, 1] = pool[:, 2]
+        return {"pool": pool, "logits": logits}
+
+
+@pytest.mark.parametrize("in_order,scores", [(False, (2, 2)), (True, (1, 2))])
+def test_inception_score_does_not_depend_on_the_order(in_order, scores, monkeypatch):
+    """400 pictures of two classes, sorted by class and in mixed order, in splits of 200. ADM's
+    evaluator takes the splits in file order: a sorted set has one class in each."""
+    monkeypatch.setattr(fid, "SPLIT_SIZE", 200)
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    by_class = torch.cat([red.expand(200, 3, 2, 2), red.flip(1).expand(200, 3, 2, 2)])
+    mixed = by_class.view(2, 200, 3, 2, 2).transpose(0, 1).flatten(0, 1)
+    for images, score in zip((by_class, mixed), scores, strict=True):
+        batches = zip(torch.arange(400).split(16), images.split(16), strict=True)
+        statistics = fid.collect(TwoColours(), batches, 400, in_order=in_order)
+        assert fid.inception_score(statistics["splits"]) == pytest.approx(score, rel=1e-2)
+
+
+def adm_precision_and_recall(ref, samples, dtype):
+    """ADM's evaluator in NumPy: every number is rounded to dtype, float16 or float32."""
+
+    def distances(a, b):
+        a = a.astype(dtype)
+        b = b.astype(dtype)
+        a_squared = (a * a).sum(1)[:, None]
+        b_squared = (b * b).sum(1)
+        product = (a.astype("float32") @ b.T.astype("float32")).astype(dtype)
+        return np.maximum(a_squared - dtype(2) * product + b_squared, dtype(0)).astype("float32")
+
+    def radii(x):
+        return np.partition(distances(x, x), 3, axis=1)[:, 3]
+
+    near = distances(ref, samples)
+    return (near <= radii(ref)[:, None]).any(0).mean(), (near <= radii(samples)).any(1).mean()
+
+
+def test_adms_precision_and_recall_to_the_digit():
+    """Distances of some hundreds, as Inception's are, have steps of 0.25 in float16. Equal ones
+    count as inside, so more pictures do."""
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(12, 256))
+    ref = np.maximum(0, 1 + rng.normal(size=(300, 12)) @ basis / 3).astype("float32")
+    samples = np.maximum(0, 1 + rng.normal(size=(280, 12)) @ basis / 3.2).astype("float32")
+    expected = adm_precision_and_recall(ref, samples, np.float16)
+    ours = fid.precision_recall(
+        torch.from_numpy(ref), torch.from_numpy(samples), block=64, adm=True
+    )
+    assert ours == expected
+    assert ours != fid.precision_recall(torch.from_numpy(ref), torch.from_numpy(samples))
+
+    # A squared norm above 65504 is infinite in float16: ADM then takes float32.
+    ref *= 20
+    samples *= 20
+    expected = adm_precision_and_recall(ref, samples, np.float32)
+    ours = fid.precision_recall(torch.from_numpy(ref), torch.from_numpy(samples), adm=True)
+    assert ours == pytest.approx(expected, abs=0.01)
+
+
 # --------------------------------------------------------------------------------------------------
 # PSNR, SSIM, LPIPS
 
@@ -492,6 +562,21 @@ def test_a_reference_that_may_have_changed_is_computed_again(
     run(weights, *words)
     assert "from runs/cache" not in capsys.readouterr().out
     assert read_json("again.json")["samples"]["pictures"] == 4
+
+
+def test_the_command_measures_as_adm(net, weights, folders, inside, monkeypatch):
+    monkeypatch.setattr(fid, "SPLIT_SIZE", 4)
+    run(weights, folders / "a.npz", "--ref", folders / "b.npz", "--adm", "--out", "adm.json")
+    result = read_json("adm.json")
+    assert result["arguments"]["adm"] is True
+    outputs = {}
+    for name in "ab":
+        outputs[name] = net(to_tensor(np.load(folders / f"{name}.npz")["arr_0"]))
+    probabilities = outputs["a"]["logits"].softmax(1).numpy()
+    assert result["inception_score"] == pytest.approx(inception_score(probabilities, 4), rel=1e-6)
+    precision, recall = fid.precision_recall(outputs["b"]["pool"], outputs["a"]["pool"], adm=True)
+    assert result["precision"] == precision
+    assert result["recall"] == recall
 
 
 @pytest.fixture(scope="module")
