@@ -574,36 +574,6 @@ class ArraySet:
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
-def refuse_run_folder(path):
-    """Raise UserError for a folder of a training run: its pictures are grids, not samples."""
-    inside = os.path.abspath(path)
-    for folder in (inside, os.path.dirname(inside)):
-        if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
-            raise UserError(
-                f"{path} is of a training run, whose pictures are grids to look at; draw a set "
-                "with `python sample.py --num-images 50000`"
-            )
-
-
-def folder_settings(path, available):
-    """What sample.py recorded in a folder of `available` pictures, or None.
-
-    Raises UserError if the set was interrupted.
-    """
-    file = os.path.join(path, "settings.json")
-    if not os.path.isfile(file):
-        return None
-    with reading(file, "the settings of a set of ours"), open(file) as opened:
-        settings = json.load(opened)
-        num = int(settings["num"])
-    if available != num:
-        raise UserError(
-            f"{path} has {available} of the {num} pictures that {file} tells of; rerun the "
-            "sample.py command to complete it, or remove that file"
-        )
-    return settings
-
-
 class Pictures:
     """A set in batches: pictures of a folder, cropped to `size`, or of an .npz, as they are.
 
@@ -619,10 +589,9 @@ class Pictures:
         self.batch_size = batch_size
         self.folder = os.path.isdir(path)
         if self.folder:
-            refuse_run_folder(path)
             self.set = ImageSet(path)
             self.size = size or self.set.smallest
-            settings = folder_settings(path, len(self.set.names))
+            settings = None
         else:
             self.set = arrays if arrays is not None else ArraySet(path)
             self.size = self.set.smallest

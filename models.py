@@ -294,11 +294,15 @@ class VAE(nn.Module):
     ch, ch_mult, num_res_blocks, attn_levels   override the architecture that the spec stands for
     groups       of the norms; default LDM's 32, fewer below ch=128, since a group of one channel
                  would be an instance norm, which wipes out the mean colours of a picture
+    quant_conv   whether 1x1 convolutions stand between encoder, latents and decoder, as in LDM;
+                 SD3's and FLUX's VAEs have none
 
     The buffers latent_mean and latent_std (C,) are the statistics of its latents over the training
-    set, 0 and 1 until they are measured. `config` holds the arguments that build the same network
-    again. `grad_checkpoint` makes training recompute activations to save memory. Raises UserError
-    for an architecture that cannot be built."""
+    set, 0 and 1 until they are measured. decode_std (C,) replaces latent_std in `denormalize`; it
+    is None but for latents of REPA-E's, which are divided by sqrt(var + 1e-4) and multiplied by
+    sqrt(var). `config` holds the arguments that build the same network again. `grad_checkpoint`
+    makes training recompute activations to save memory. Raises UserError for an architecture that
+    cannot be built."""
 
     def __init__(
         self,
@@ -309,6 +313,7 @@ class VAE(nn.Module):
         num_res_blocks=2,
         attn_levels=None,
         groups=None,
+        quant_conv=True,
     ):
         super().__init__()
         self.factor, self.channels = parse_vae_spec(spec)
@@ -333,15 +338,20 @@ class VAE(nn.Module):
             num_res_blocks=num_res_blocks,
             attn_levels=list(attn_levels),
             groups=groups,
+            quant_conv=quant_conv,
         )
         self.set_resolution(resolution)
         self.grad_checkpoint = False
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, attn_levels, self.channels, groups)
-        self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
-        self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
+        self.quant_conv = nn.Identity()
+        self.post_quant_conv = nn.Identity()
+        if quant_conv:
+            self.quant_conv = nn.Conv2d(2 * self.channels, 2 * self.channels, 1)
+            self.post_quant_conv = nn.Conv2d(self.channels, self.channels, 1)
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
+        self.register_buffer("decode_std", None, persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -390,8 +400,17 @@ class VAE(nn.Module):
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def denormalize(self, z):
-        """The inverse of normalize."""
-        return z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        """The inverse of normalize, or nearly so where decode_std is set."""
+        std = self.latent_std if self.decode_std is None else self.decode_std
+        return z * std[:, None, None] + self.latent_mean[:, None, None]
+
+    def set_statistics(self, mean, std, decode_std=None):
+        """Sets the statistics of the latents: lists of numbers or tensors (C,)."""
+        self.latent_mean.copy_(torch.as_tensor(mean))
+        self.latent_std.copy_(torch.as_tensor(std))
+        self.decode_std = None
+        if decode_std is not None:
+            self.decode_std = torch.as_tensor(decode_std).to(self.latent_std)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -804,7 +823,10 @@ class LPIPS(nn.Module):
 
         state = read_lpips_weights(weights)
         download_missing_lpips_weights(state)
-        self.features = vgg16().features[: LPIPS_LAYERS[-1] + 1]
+        # The meta device saves the time of random initial weights, which would be overwritten.
+        with torch.device("meta"):
+            features = vgg16().features[: LPIPS_LAYERS[-1] + 1]
+        self.features = features.to_empty(device="cpu")
         for module in self.features:
             if isinstance(module, nn.ReLU):
                 # A layer in place would overwrite an output that is still to be compared.

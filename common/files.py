@@ -4,6 +4,7 @@ Every other file may import this one, which imports nothing of ours. "Checked" m
 file is refused in one sentence, wherever its format can show the damage, and that no file makes its
 reader run code."""
 
+import _compat_pickle
 import argparse
 import contextlib
 import glob
@@ -13,7 +14,9 @@ import json
 import math
 import os
 import pathlib
+import pickletools
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -210,19 +213,20 @@ def open_array(path, dtype, shape):
 
 def read_weights(path):
     """A .safetensors file, or a PyTorch checkpoint -> (state dict on the CPU, metadata as a dict of
-    strings, {} for a checkpoint). Pickled code is never run. Raises UserError."""
+    strings). Pickled code is never run. Raises UserError.
+
+    A checkpoint has no metadata, but "left_out" names the classes and functions of other packages
+    in it that were not read."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     with reading(path, "safetensors or as a checkpoint without code"):
         with open(path, "rb") as file:
             start = file.read(9)
-        if (
-            start[8:] == b"{"
-        ):  # safetensors: the length of a JSON header in 8 bytes, then the header
+        # A safetensors file has the length of a JSON header in 8 bytes, and then the header.
+        if start[8:] == b"{":
             return read_safetensors(path)
-        is_zip = start[:4] == b"PK\3\4"
-        return read_checkpoint(path, is_zip), {}
+        return read_checkpoint(path, is_zip=start[:4] == b"PK\3\4")
 
 
 def read_safetensors(path):
@@ -235,8 +239,8 @@ def read_safetensors(path):
 
 
 def read_checkpoint(path, is_zip):
-    """The state dict of a file of torch.save's: a zip file with checksums, or, from before torch
-    1.6, one without."""
+    """-> (state dict, metadata) of a file of torch.save's: a zip file with checksums, or, from
+    before torch 1.6, one without."""
     if is_zip and not is_intact_zip(path):
         raise ValueError("it is damaged: a checksum differs")
     source = path
@@ -244,12 +248,180 @@ def read_checkpoint(path, is_zip):
         # A damaged file may claim more numbers than it holds. A reader of bytes in memory cannot
         # be made to take more; for a zip file, the memory map (mmap) has this effect.
         source = io.BytesIO(pathlib.Path(path).read_bytes())
-    # Many published checkpoints also hold the arguments of their training, which are plain data.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+    state, foreign = load_around_foreign(source, path, is_zip)
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    return {name: value for name, value in state.items() if isinstance(name, str)}
+    kept = {}
+    for name, value in state.items():
+        if isinstance(name, str) and not isinstance(value, StandIn):
+            kept[name] = value
+    metadata = {}
+    if foreign:
+        metadata["left_out"] = ", ".join(foreign)
+    return kept, metadata
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes of other packages in checkpoints. Lightning, OmegaConf, NumPy and pathlib are common.
+# torch.load refuses them with weights_only, so each gets a stand-in here, which does nothing. What
+# is in os and sys is refused all the same.
+
+
+class StandIn:
+    """Takes the place of a class or function of another package: it can be called with anything and
+    given any state, and forgets both."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class DictStandIn(StandIn):
+    """Takes the place of a subclass of dict. torch.load fills plain dicts only."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+class ListStandIn(StandIn):
+    """Takes the place of a subclass of list."""
+
+    def __new__(cls, *args, **kwargs):
+        return []
+
+
+def load_around_foreign(source, path, is_zip):
+    """torch.load with weights_only, with a stand-in for every class or function that it refuses.
+    Returns the content and the names of these. Raises UserError where this fails because of them.
+
+    source: `path`, or the bytes of a checkpoint that is no zip file as a binary file."""
+    uses = uses_of_globals(read_pickles(source, is_zip))
+    foreign = refused_globals(uses)
+    stand_ins = [(stand_in_for(uses[name]), name) for name in foreign]
+    # Many published checkpoints also hold the arguments of their training, which are plain data.
+    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+        except Exception as error:
+            if foreign:
+                raise UserError(foreign_message(path, foreign)) from error
+            raise
+    if isinstance(content, StandIn):
+        raise UserError(foreign_message(path, foreign))
+    return content, foreign
+
+
+def stand_in_for(use):
+    """A new class that stands in for one global. use: what is done with it, of uses_of_globals."""
+    base = dict(SETITEM=DictStandIn, APPEND=ListStandIn).get(use, StandIn)
+    return type(base.__name__, (base,), {})
+
+
+def read_pickles(source, is_zip):
+    """The pickle of a checkpoint's content as a binary file. source: a path (of a zip file), or the
+    bytes of the older format as a binary file, which begin with five pickles."""
+    if not is_zip:
+        return io.BytesIO(source.getvalue())
+    with zipfile.ZipFile(source) as archive:
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                return io.BytesIO(archive.read(name))
+    raise ValueError("it is no file of torch.save's")
+
+
+def uses_of_globals(file):
+    """The classes and functions that pickles name -> {"module.name": what is done with objects made
+    by it: "SETITEM" (it is a dict), "APPEND" (it is a list) or "" (neither)}. Nothing is run.
+
+    file: a binary file that begins with up to five pickles. This follows the stack of the pickle
+    machine, with the name of its global in the place of each object."""
+    uses = {}
+    for _ in range(5):
+        stack = []
+        memo = {}
+        try:
+            for operation, argument, _ in pickletools.genops(file):
+                follow(operation, argument, stack, memo, uses)
+        except (ValueError, IndexError, KeyError):
+            # What is no pickle: torch.load says what is wrong with it.
+            break
+    return uses
+
+
+def follow(operation, argument, stack, memo, uses):
+    """One operation of the pickle machine; see uses_of_globals. Changes stack, memo and uses."""
+    name = operation.name
+    if name == "GLOBAL":
+        path = python3_name(*argument.split(" ", 1))
+        uses.setdefault(path, "")
+        stack.append(path)
+    elif name in ("REDUCE", "NEWOBJ"):
+        stack.pop()  # the arguments; the maker's name stays, for what it makes
+    elif name in ("SETITEM", "SETITEMS", "APPEND", "APPENDS"):
+        pop_values(operation, stack, keep=1)
+        if stack[-1] in uses:
+            uses[stack[-1]] = name.removesuffix("S")
+    elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+        memo[argument] = stack[-1]
+    elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+    elif name in ("BINGET", "LONG_BINGET", "GET"):
+        stack.append(memo[argument])
+    elif name == "BUILD":
+        stack.pop()
+    else:
+        pop_values(operation, stack)
+        for value in operation.stack_after:
+            stack.append("(" if value is pickletools.markobject else None)
+
+
+def pop_values(operation, stack, keep=0):
+    """Removes from the stack what an operation takes, apart from the first `keep` values."""
+    taken = operation.stack_before
+    if pickletools.markobject in taken:
+        while stack.pop() != "(":
+            pass
+        taken = taken[: taken.index(pickletools.markobject)]
+    for _ in taken[keep:]:
+        stack.pop()
+
+
+def python3_name(module, name):
+    """The "module.name" of a global in Python 3. Pickles of torch.save's have Python 2's."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return ".".join(_compat_pickle.NAME_MAPPING[module, name])
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def refused_globals(names):
+    """Those of the globals "module.name" that torch.load refuses, in order. torch tells for a file
+    only, so this makes one that names them all."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        lines = "".join("c{}\n{}\n".format(*name.rsplit(".", 1)) for name in names)
+        archive.writestr("archive/data.pkl", b"\x80\2" + lines.encode() + b"N.")
+        archive.writestr("archive/version", "3")
+    file.seek(0)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    return [name for name in names if name in refused]
+
+
+def foreign_message(path, foreign):
+    return (
+        f"{path} is no plain checkpoint: it holds {foreign[0]}, which is not read because it may "
+        "run code; where you trust the file, convert it in the project that wrote it: "
+        "torch.save(network.state_dict(), FILE)"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# State dicts
 
 
 def load_strictly(model, state, path, assign=False):

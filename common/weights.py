@@ -6,6 +6,7 @@ import os
 import torch
 
 from common.files import UserError, content_hash, load_strictly, read_weights, reading, state_hash
+from common.processes import say
 from common.published import fetch, find_vae, read_sit, read_vae
 from models import VAE, SiT
 
@@ -25,6 +26,8 @@ def load_vae(path, device="cpu"):
     elif os.path.isdir(path) or path.startswith("hf:"):
         path = find_vae(path)
     vae = load_network(VAE, path, device, read_vae)
+    if vae.info.get("latent_decode_std"):
+        vae.set_statistics(vae.latent_mean, vae.latent_std, vae.info["latent_decode_std"])
     finite = vae.latent_mean.isfinite().all() and vae.latent_std.isfinite().all()
     if not finite or (vae.latent_std <= 0).any():
         raise UserError(
@@ -34,11 +37,12 @@ def load_vae(path, device="cpu"):
     return vae
 
 
-def load_sit(path, device="cpu", ema=True):
+def load_sit(path, device="cpu", ema=True, form="auto"):
     """The SiT in a file, the folder of a run, a published checkpoint or
     hf:<owner>/<repository>/<file>, in eval mode: its EMA weights, or the raw ones. Raises
     UserError.
 
+    form: of a published SiT's convention, one of published.SIT_FORMATS.
     sit.info: as for a VAE, and vae_hash and vae_path, which tell the VAE that it was trained on."""
     path = os.fspath(path)
     if path.startswith("hf:"):
@@ -48,17 +52,18 @@ def load_sit(path, device="cpu", ema=True):
     if not ema and os.path.basename(path) == "sit.safetensors":
         path = os.path.join(os.path.dirname(path), "sit_raw.safetensors")
 
-    def read_published_sit(state, path):
-        weights = state.get("ema" if ema else "model", state)
-        return read_sit(weights, path)
+    def read_published_sit(content, path):
+        return read_sit(content, path, ema, form)
 
     sit = load_network(SiT, path, device, read_published_sit)
-    sit.info["weights"] = "ema" if ema else "raw"
+    is_raw = not ema or sit.info.get("part") == "model"
+    sit.info["weights"] = "raw" if is_raw else "ema"
     return sit
 
 
 def load_network(network, path, device, read_published):
-    """The network that a file holds, in eval mode, with its .info. Raises UserError.
+    """The network that a file holds, in eval mode, with its .info. Prints what was assumed about a
+    published file. Raises UserError.
 
     network          the class: VAE or SiT
     read_published   converts the content of a file that is not ours:
@@ -75,6 +80,10 @@ def load_network(network, path, device, read_published):
             check_content(metadata, weights_hash, path)
         net = build(network, config, state, path)
         net.info = dict(info, path=path, hash=weights_hash)
+    if metadata.get("left_out"):
+        net.info["left_out"] = metadata["left_out"]
+    if net.info.get("assumed"):
+        say(f"note: {path}: {net.info['assumed']}")
     return net.to(device).eval()
 
 

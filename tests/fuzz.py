@@ -310,8 +310,15 @@ def read_sit():
     return content_of(load_sit("."))
 
 
+class Callback(dict):
+    """Stands for a class of another package, such as those that Lightning leaves in checkpoints."""
+
+
 def make_ldm():
-    weights.export_vae(models.VAE(**TINY_PUBLISHED_VAE), "ldm", "vae.ckpt")
+    vae = models.VAE(**TINY_PUBLISHED_VAE)
+    state = {key: value for key, value in vae.state_dict().items() if "latent_" not in key}
+    extras = dict(callbacks={Callback: Callback(a=1)}, monitor=np.float64(0.5))
+    torch.save(dict(state_dict=state, **extras), "vae.ckpt")
     statistics = dict(mean=torch.randn(1, 2, 1, 1), std=torch.rand(1, 2, 1, 1) + 0.5)
     torch.save(statistics, "latents_stats.pt")
 
@@ -448,6 +455,7 @@ SET_ARGUMENTS = types.SimpleNamespace(
     steps=2,
     cfg=1.0,
     interval=(0, 1),
+    compile=False,
 )
 SET_SETTINGS = dict(seed=0, cfg=1.5, sit_hash="abc")
 

@@ -1,8 +1,10 @@
 """Weights of other code: each format is made by, or compared with, the library it belongs to."""
 
 import argparse
+import collections
 import json
 import os
+import pathlib
 import re
 
 import diffusers
@@ -129,6 +131,49 @@ def test_diffusers_own_network_loads_strictly(spec, tmp_path):
         assert_near(logvar, posterior.logvar)
         assert_near(vae.decode(mean), net.decode(mean).sample)
     torch.testing.assert_close(vae.normalize(mean), (mean - 0.25) * 0.5)
+
+
+def test_vaes_of_sd3_and_flux(tmp_path, inside, pictures):
+    """16 channels, no quant_conv, a scale and a shift: it is loaded, trained and exported."""
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[32, 32, 64, 64],
+        layers_per_block=1,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=64,
+    ).eval()
+    net.save_pretrained(tmp_path / "flux")
+    vae = load_vae(tmp_path / "flux")
+    x = random_images()
+    weights.export_vae(vae, "diffusers", tmp_path / "again")
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "again", low_cpu_mem_usage=False)
+    with torch.no_grad():
+        mean, _ = vae.encode(x)
+        assert_near(mean, net.encode(x).latent_dist.mean)
+        assert_near(vae.decode(mean), net.decode(mean).sample)
+        assert torch.equal(again.encode(x).latent_dist.mean, net.encode(x).latent_dist.mean)
+    torch.testing.assert_close(vae.normalize(mean), (mean - 0.1159) * 0.3611)
+    # Pipelines read these two and no latents_std.
+    assert again.config.scaling_factor == pytest.approx(0.3611)
+    assert again.config.shift_factor == pytest.approx(0.1159)
+    # A file in LDM's names without quant_conv, as FLUX's own ae.safetensors is.
+    save_file(own_weights(vae), tmp_path / "ae.safetensors")
+    assert_same_weights(load_vae(tmp_path / "ae.safetensors").state_dict(), own_weights(vae))
+
+    words = f"--init {tmp_path / 'flux'} --resolution 32 --align none --lpips 0 --gan 0"
+    words += " --batch-size 4 --steps 1 --lr 1e-3 --workers 0"
+    script(train_vae, *words.split(), "--data", pictures)
+    trained = load_vae("runs/vae")
+    assert trained.config["quant_conv"] is False
+    assert (trained.encoder.conv_in.weight - vae.encoder.conv_in.weight).abs().max() > 0
+    weights.export_vae(trained, "diffusers", tmp_path / "trained")
+    assert_same_weights(load_vae(tmp_path / "trained").state_dict(), trained.state_dict())
 
 
 def test_diffusers_without_scaling_factor_means_its_default(tmp_path):
@@ -285,6 +330,36 @@ def test_published_checkpoints(save, tmp_path):
     assert_same_weights(again.state_dict(), own_weights(vae))
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_torch_compile_are_removed(prefix, repa_sit, tmp_path):
+    def save(state):
+        # The second network was compiled block by block.
+        inside = {key.replace(".0.", ".0._orig_mod."): value for key, value in state.items()}
+        for names in ({prefix + key: value for key, value in state.items()}, inside):
+            torch.save(names, tmp_path / "x.pt")
+            yield tmp_path / "x.pt"
+
+    vae = own_weights(small_vae("f8d4"))
+    for path in save(vae):
+        assert_same_weights(load_vae(path).state_dict(), vae)
+    for path in save(repa_sit[0].state_dict()):
+        assert_same_weights(load_sit(path).state_dict(), repa_sit[0].state_dict())
+    discriminator = models.PatchDiscriminator().state_dict()
+    for path in save(discriminator):
+        loaded = published.load_discriminator(path)
+        assert_same_weights(loaded.state_dict(), discriminator)
+
+
+@pytest.mark.parametrize("entry", ["model", "ema", "vae", "net"])
+def test_a_vae_as_an_entry_of_its_file(entry, tmp_path):
+    """MAR's is {"model": ...}."""
+    state = own_weights(small_vae("f8d4"))
+    torch.save({"opt": {"state": {0: torch.zeros(1)}}, entry: state}, tmp_path / "x.pt")
+    loaded = load_vae(tmp_path / "x.pt")
+    assert_same_weights(loaded.state_dict(), state)
+    assert loaded.info["part"] == entry
+
+
 def test_discriminator_comes_out_of_a_training_checkpoint(tmp_path):
     torch.manual_seed(0)
     expected = models.PatchDiscriminator().state_dict()
@@ -314,9 +389,95 @@ def test_a_file_without_a_vae(tmp_path):
     assert "holds no VAE" in message_of(tmp_path / "other.pt")
 
 
-def test_a_file_with_code(tmp_path):
+class Foreign:
+    """Stands for a class of another package."""
+
+
+class ForeignDict(dict):
+    pass
+
+
+class ForeignList(list):
+    pass
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_classes_of_other_packages_are_read_around_and_listed(is_zip, tmp_path, capsys):
+    """As Lightning wrote every .ckpt of LDM's, keyed by a class; with and without the zip format of
+    torch 1.6."""
+    vae = small_vae("f8d4")
+    thing = Foreign()
+    thing.path = pathlib.Path("x")
+    mapping = ForeignDict(a=thing)
+    mapping.attribute = 1
+    content = dict(
+        state_dict=own_weights(vae),
+        callbacks={Foreign: dict(best_model_path="x")},
+        hyper_parameters=mapping,
+        several=ForeignList([thing, 2]),
+        defaults=collections.defaultdict(list, {1: [2]}),
+        monitor=np.float64(0.5),
+        array=np.arange(3),
+        dtype=torch.float16,
+    )
+    torch.save(content, tmp_path / "v.ckpt", _use_new_zipfile_serialization=is_zip)
+    again = load_vae(tmp_path / "v.ckpt")
+    assert_same_weights(again.state_dict(), own_weights(vae))
+    left_out = again.info["left_out"].split(", ")
+    assert f"{__name__}.Foreign" in left_out
+    assert {"pathlib.PosixPath", "collections.defaultdict"} <= set(left_out)
+    assert not any(name.startswith("torch") for name in left_out)
+    script(weights, "info", tmp_path / "v.ckpt")
+    assert f"{__name__}.ForeignDict" in capsys.readouterr().out
+
+
+class Payload:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_file_is_never_run(is_zip, tmp_path):
+    mark = tmp_path / "was_run"
+    state = own_weights(small_vae("f8d4"))
+    for payload in (Payload(eval, f"open({str(mark)!r}, 'w')"), Payload(open, str(mark), "w")):
+        path = tmp_path / "code.pt"
+        torch.save(state | {"x": payload}, path, _use_new_zipfile_serialization=is_zip)
+        assert_same_weights(load_vae(path).state_dict(), state)
+        torch.save(payload, path, _use_new_zipfile_serialization=is_zip)
+        assert "which is not read because it may run code" in message_of(path)
+    torch.save(
+        state | {"x": Payload(os.system, f"touch {mark}")},
+        tmp_path / "system.pt",
+        _use_new_zipfile_serialization=is_zip,
+    )
+    message = message_of(tmp_path / "system.pt")
+    assert "it holds posix.system, which is not read because it may run code" in message
+    assert "torch.save(network.state_dict(), FILE)" in message
+    assert not mark.exists()
+
+
+def test_a_whole_network_is_refused_by_name(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "net.pt")
+    assert "torch.nn.modules.linear.Linear" in message_of(tmp_path / "net.pt")
+
+
+def test_a_function_in_the_place_of_a_tensor(tmp_path):
     torch.save({"encoder.conv_in.weight": print}, tmp_path / "code.pt")
-    assert "without code" in message_of(tmp_path / "code.pt")
+    assert "holds no VAE" in message_of(tmp_path / "code.pt")
+
+
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"model": {}}, {1: torch.zeros(2)}])
+@pytest.mark.parametrize("load", [load_vae, load_sit, published.load_discriminator])
+def test_no_sentence_ends_in_an_empty_list(load, content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"it holds no tensor|its first keys are model$"):
+        load(tmp_path / "x.pt")
 
 
 def test_a_vae_that_does_not_fit(tmp_path):
@@ -504,6 +665,196 @@ def test_repa_checkpoints_bring_latent_statistics(repa_sit, tmp_path):
     assert vae.resolution == 64
     with pytest.raises(UserError, match="name it with --vae"):
         sample.load_pair(tmp_path / "repa.pt", None, "cpu")
+
+
+@pytest.fixture
+def joint(repa_sit, tmp_path):
+    """REPA-E's training checkpoint, 0400000.pt -> (its entries, path)."""
+    net, batch_norm = repa_sit
+    raw = {key: value + 1 for key, value in net.state_dict().items()}
+    content = dict(
+        model={f"module.{key}": value for key, value in (raw | batch_norm).items()},
+        ema=net.state_dict() | batch_norm,
+        vae=own_weights(models.VAE("f16d32", 64, **SMALL["f16d32"])),
+        discriminator=models.PatchDiscriminator().state_dict(),
+        opt=dict(state={}),
+        args=argparse.Namespace(encoder_depth=4, model="SiT-XL/1", num_classes=3, cfg_prob=0.1),
+        steps=400000,
+    )
+    torch.save(content, tmp_path / "0400000.pt")
+    return content, tmp_path / "0400000.pt"
+
+
+def test_each_loader_finds_its_part_of_a_joint_checkpoint(joint, capsys):
+    content, path = joint
+    sit = load_sit(path)
+    for name, value in sit.state_dict().items():
+        assert torch.equal(value, content["ema"][name]), name
+    assert sit.info["weights"] == "ema"
+    assert sit.config["repa_block"] == 4
+    assert sit.info["null_label_trained"]
+    raw = load_sit(path, ema=False)
+    assert torch.equal(raw.pos_embed, content["model"]["module.pos_embed"])
+    assert raw.info["weights"] == "raw"
+    assert_same_weights(load_vae(path).state_dict(), content["vae"])
+    discriminator = published.load_discriminator(path)
+    assert_same_weights(discriminator.state_dict(), content["discriminator"])
+    capsys.readouterr()
+    script(weights, "info", path)
+    out = capsys.readouterr().out
+    assert re.findall(r"^(SiT|VAE|discriminator),", out, re.M) == ["SiT", "VAE", "discriminator"]
+    assert "sqrt(var + 1e-4) to normalise, sqrt(var) to decode" in out
+
+
+def test_samples_of_a_joint_checkpoint_are_decoded_with_repa_es_std(joint, tmp_path):
+    """REPA-E divides latents by sqrt(var + 1e-4), and multiplies by sqrt(var) before it decodes."""
+    content, path = joint
+    mean = content["ema"]["bn.running_mean"]
+    variance = content["ema"]["bn.running_var"] * 1e-3  # so small that 1e-4 shows
+    content["ema"]["bn.running_var"] = variance
+    torch.save(content, path)
+    _, pair_vae = sample.load_pair(path, None, "cpu")
+    weights.export_vae(load_vae(path), "ldm", tmp_path / "out.pt")
+    weights.export_vae(load_vae(path), "diffusers", tmp_path / "out")
+    z = torch.randn(2, 32, 4, 4)
+    for vae in (
+        pair_vae,
+        load_vae(path),
+        load_vae(tmp_path / "out.pt"),
+        load_vae(tmp_path / "out"),
+    ):
+        theirs = per_channel(variance).sqrt() * z + per_channel(mean)
+        torch.testing.assert_close(vae.denormalize(z), theirs, rtol=1e-6, atol=1e-6)
+        theirs = torch.nn.functional.batch_norm(z, mean, variance, eps=1e-4)
+        torch.testing.assert_close(vae.normalize(z), theirs, rtol=1e-6, atol=1e-5)
+        assert (vae.denormalize(vae.normalize(z)) - z).abs().max() > 1e-3
+    stats = torch.load(tmp_path / "out-latents-stats.pt", weights_only=True)
+    torch.testing.assert_close(1 / stats["latents_scale"], per_channel(variance).sqrt())
+
+
+def save_repa(path, net, args=None, **extra):
+    """Saves a network of ours as REPA's code does; args: those of its training."""
+    content = dict(model=net.state_dict(), ema=net.state_dict() | extra)
+    if args is not None:
+        content["args"] = argparse.Namespace(**args)
+    torch.save(content, path)
+
+
+def test_shallow_networks_without_a_projector_and_with_several(tmp_path):
+    torch.manual_seed(0)
+    config = REPA_SIT | dict(depth=3, vfm_dim=None)
+    net = models.SiT(**config)
+    save_repa(tmp_path / "none.pt", net)
+    assert_same_weights(load_sit(tmp_path / "none.pt").state_dict(), net.state_dict())
+    net = models.SiT(**config | dict(vfm_dim=24, repa_block=2))
+    save_repa(tmp_path / "one.pt", net)
+    assert load_sit(tmp_path / "one.pt").config["repa_block"] == 3
+    second = {f"projectors.1.{i}.bias": torch.zeros(2048) for i in (0, 2, 4)}
+    save_repa(tmp_path / "two.pt", net, dict(encoder_depth=2), **second)
+    loaded = load_sit(tmp_path / "two.pt")
+    assert_same_weights(loaded.state_dict(), net.state_dict())
+    assert loaded.config["repa_block"] == 2
+    assert loaded.info["ignored"] == ["projectors.1"]
+
+
+@pytest.mark.parametrize(
+    "rows,args,classes",
+    [
+        (1000, None, 1000),
+        (1001, None, 1000),
+        (1000, dict(num_classes=1000), 1000),
+        (1000, dict(num_classes=999), 999),
+        (1000, dict(cfg_prob=0.1), 999),
+        (10, dict(cfg_prob=0.0), 10),
+        (10, dict(cfg_prob=0.0, num_classes=10), 10),
+        (11, dict(cfg_prob=0.1, num_classes=10), 10),
+        (11, None, 10),
+    ],
+)
+def test_a_network_trained_without_label_dropout_has_no_null_label(rows, args, classes, tmp_path):
+    torch.manual_seed(0)
+    config = REPA_SIT | dict(depth=1, vfm_dim=None, num_classes=rows - 1)
+    net = models.SiT(**config)
+    save_repa(tmp_path / "x.pt", net, args)
+    loaded = load_sit(tmp_path / "x.pt")
+    assert loaded.num_classes == classes
+    assert loaded.info["null_label_trained"] == (rows == classes + 1)
+    table = loaded.y_embedder.embedding_table.weight
+    assert torch.equal(table[:rows], net.y_embedder.embedding_table.weight)
+
+
+def test_without_a_null_label_class_999_is_drawn_and_guidance_refused(inside, capsys):
+    net = models.SiT(**REPA_SIT | dict(depth=1, vfm_dim=None, num_classes=999))
+    save_repa("sit.pt", net, dict(cfg_prob=0.0, num_classes=1000, encoder_depth=8))
+    vae = models.VAE("f16d32", 64, ch=8, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1)
+    weights.export_vae(vae, "diffusers", "vae")
+    words = "--sit sit.pt --vae vae --classes 999 --n 1 --steps 2 --out x.png --no-compile"
+    with pytest.raises(SystemExit):
+        script(sample, *words.split())
+    assert "was trained without its null label" in capsys.readouterr().err
+    script(sample, *words.split(), "--cfg", 1)
+    assert os.path.exists("x.png")
+
+
+def test_what_a_sit_s_file_does_not_tell_is_said_and_can_be_said_otherwise(tmp_path, capsys):
+    """A DiT has the original SiT's names and shapes, and an original SiT without learned variance
+    has REPA's."""
+    net, original = original_sit()
+    torch.save(original, tmp_path / "variance.pt")
+    torch.save(net.state_dict(), tmp_path / "plain.pt")
+    x = torch.randn(4, 4, 8, 8)
+    t = torch.tensor([0.1, 0.3, 0.5, 0.9])
+    y = torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        as_repa = net(x, t, y)
+        as_sit = -net(x, 1 - t, y)
+        expected = {
+            ("variance.pt", "auto"): as_sit,
+            ("variance.pt", "sit"): as_sit,
+            ("variance.pt", "repa"): as_repa,
+            ("plain.pt", "auto"): as_repa,
+            ("plain.pt", "sit"): as_sit,
+            ("plain.pt", "repa"): as_repa,
+        }
+        for (name, form), velocity in expected.items():
+            capsys.readouterr()
+            loaded = load_sit(tmp_path / name, form=form)
+            assert_near(loaded(x, t, y), velocity)
+            is_note = "--sit-format" in capsys.readouterr().out
+            assert is_note == (form == "auto")
+    script(weights, "info", tmp_path / "variance.pt")
+    out = capsys.readouterr().out
+    assert re.search("assumed +taken for an original SiT.*--sit-format repa.*DiT", out)
+    script(weights, "info", tmp_path / "plain.pt", "--sit-format", "sit")
+    assert "original SiT, time and sign turned format" in capsys.readouterr().out
+
+
+def test_the_arguments_of_a_training_tell_its_convention(tmp_path, capsys):
+    net, _ = original_sit()
+    sit = dict(model="SiT-S/2", path_type="Linear", prediction="velocity")
+    repa = dict(model="SiT-S/2", path_type="linear", prediction="v", encoder_depth=2)
+    for args, format_name in ((sit, "original SiT"), (repa, "REPA")):
+        save_repa(tmp_path / "x.pt", net, args)
+        assert load_sit(tmp_path / "x.pt").info["format"].startswith(format_name)
+    assert "--sit-format" not in capsys.readouterr().out
+    wrong = {
+        "is a DiT-XL/2": dict(model="DiT-XL/2"),
+        "path GVP": dict(sit, path_type="GVP"),
+        "to predict noise": dict(sit, prediction="noise"),
+    }
+    for message, args in wrong.items():
+        save_repa(tmp_path / "x.pt", net, args)
+        with pytest.raises(UserError, match=message):
+            load_sit(tmp_path / "x.pt")
+
+
+def test_raw_weights_that_a_file_does_not_have(tmp_path):
+    net, _ = original_sit()
+    torch.save(dict(ema=net.state_dict()), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="EMA weights only; leave out --raw"):
+        load_sit(tmp_path / "x.pt", ema=False)
+    torch.save(dict(model=net.state_dict()), tmp_path / "x.pt")
+    assert load_sit(tmp_path / "x.pt").info["weights"] == "raw"
 
 
 def test_a_sit_that_does_not_fit(repa_sit, tmp_path):

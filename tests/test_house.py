@@ -140,7 +140,7 @@ MAY_IMPORT = {
         "common.training",
     ],
     "common.published": ["common.files", "models"],
-    "common.weights": ["common.files", "common.published", "models"],
+    "common.weights": ["common.files", "common.processes", "common.published", "models"],
     "models": ["common.files"],
     **{stage: [*BASE, *called] for stage, called in CALLS.items()},
     # The tutorial draws its own pictures and trains its own vision model.

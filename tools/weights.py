@@ -2,7 +2,7 @@
 
     python -m tools.weights info FILE                           # what it holds, where it is from
     python -m tools.weights export runs/vae --to diffusers DIR  # a folder for AutoencoderKL
-    python -m tools.weights export runs/vae --to ldm FILE       # a state_dict in LDM's names
+    python -m tools.weights export runs/vae --to ldm FILE.pt    # a state_dict in LDM's names
 
 Wherever a VAE is named, a file, a folder or hf:<owner>/<repository> will do."""
 
@@ -15,21 +15,56 @@ from safetensors.torch import save_file
 
 from common.files import UserError, read_weights
 from common.processes import run_main
-from common.published import diffusers_names
+from common.published import (
+    NO_STATISTICS,
+    SIT_FORMATS,
+    diffusers_names,
+    find_discriminator,
+    find_sit_part,
+    find_vae,
+    find_vae_part,
+)
 from common.weights import load_sit, load_vae
 
 # --------------------------------------------------------------------------------------------------
 # info
 
 
-def describe(path):
-    """What is in a file, as lines of text. Raises UserError for neither a VAE nor a SiT of ours."""
-    if is_sit(path):
-        net = load_sit(path)
-        kind = "SiT"
-    else:
-        net = load_vae(path)
-        kind = "VAE"
+def describe(path, form="auto"):
+    """What is in a file, as lines of text; several networks one after the other. Raises UserError
+    for a file without any. form: of published.SIT_FORMATS, for a SiT."""
+    texts = []
+    for kind in networks_in(path):
+        if kind == "SiT":
+            texts.append(describe_network(kind, load_sit(path, form=form)))
+        elif kind == "VAE":
+            texts.append(describe_network(kind, load_vae(path)))
+        else:
+            texts.append(f"{kind}, for train_vae.py --init-disc")
+    return "\n\n".join(texts)
+
+
+def networks_in(path):
+    """The kinds of the networks in a file or folder: ["VAE"], or several in a checkpoint of a
+    training. What holds none counts as a VAE, and load_vae then says what is wrong."""
+    own_sit = os.path.join(path, "sit.safetensors")
+    file = own_sit if os.path.isfile(own_sit) else find_vae(path)
+    state, metadata = read_weights(file)
+    if "kind" in metadata:
+        return ["SiT" if metadata["kind"] == "sit" else "VAE"]
+    kinds = []
+    for kind, find in (
+        ("SiT", lambda state: find_sit_part(state, "ema")),
+        ("VAE", find_vae_part),
+        ("discriminator", find_discriminator),
+    ):
+        if find(state)[1]:
+            kinds.append(kind)
+    return kinds or ["VAE"]
+
+
+def describe_network(kind, net):
+    """A loaded network as lines of text. kind: "VAE" or "SiT"."""
     num_parameters = sum(parameter.numel() for parameter in net.parameters())
     lines = [
         f"{kind}, {net.info.get('format', 'ours')} format: {net.info['path']}",
@@ -40,21 +75,13 @@ def describe(path):
     if kind == "VAE":
         lines.append(f"latent mean   {rounded(net.latent_mean)}")
         lines.append(f"latent std    {rounded(net.latent_std)}")
+        if net.decode_std is not None:
+            lines.append(f"to decode     {rounded(net.decode_std)}")
     for key, value in net.info.items():
         # The arguments and the names of the classes would fill the screen.
         if key not in ("path", "hash", "arguments", "classes"):
             lines.append(f"{key:13} {value}")
     return "\n".join(lines)
-
-
-def is_sit(path):
-    """Whether a path is a SiT of ours, or the folder of its run."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "sit.safetensors")
-    if not os.path.isfile(path):
-        return False
-    _, metadata = read_weights(path)
-    return metadata.get("kind") == "sit"
 
 
 def rounded(values):
@@ -80,13 +107,31 @@ def own_weights(vae):
 
 
 def export_ldm(vae, path):
-    """Writes a checkpoint with a `state_dict` in LDM's names, which are ours."""
+    """Writes a checkpoint with a `state_dict` in LDM's names, which are ours, and the statistics of
+    the latents beside it, in the names of LightningDiT (mean, std) and of REPA-E (latents_bias,
+    latents_scale)."""
     torch.save(dict(state_dict=own_weights(vae)), path)
+    statistics = dict(mean=vae.latent_mean, std=vae.latent_std, latents_bias=vae.latent_mean)
+    if vae.decode_std is None:
+        statistics["latents_scale"] = 1 / vae.latent_std
+    else:
+        statistics["latents_scale"] = 1 / vae.decode_std
+        statistics["decode_std"] = vae.decode_std
+    if has_statistics(vae):
+        # As these projects have them, (1,C,1,1).
+        statistics = {key: value.view(1, -1, 1, 1) for key, value in statistics.items()}
+        torch.save(statistics, f"{os.path.splitext(path)[0]}-latents-stats.pt")
+
+
+def has_statistics(vae):
+    """Whether the statistics of a VAE's latents are known, not only assumed to be 0 and 1."""
+    return getattr(vae, "info", {}).get("latent_statistics") != NO_STATISTICS
 
 
 def export_diffusers(vae, folder):
     """Writes a folder that diffusers' AutoencoderKL.from_pretrained opens. Its latents_mean and
-    latents_std, with a scaling_factor of 1, normalise latents as ours do."""
+    latents_std, with a scaling_factor of 1, normalise latents as ours do; where all channels have
+    the same statistics, scaling_factor and shift_factor do, which every pipeline reads."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(diffusers_config(vae), file, indent=1)
@@ -124,13 +169,25 @@ def diffusers_config(vae):
         layers_per_block=config["num_res_blocks"],
         norm_num_groups=config["groups"],
         sample_size=vae.resolution,
-        scaling_factor=1.0,
-        shift_factor=None,
-        latents_mean=vae.latent_mean.tolist(),
-        latents_std=vae.latent_std.tolist(),
+        use_quant_conv=config["quant_conv"],
+        use_post_quant_conv=config["quant_conv"],
         down_block_types=down_block_types,
         up_block_types=up_block_types,
+        **diffusers_statistics(vae),
     )
+
+
+def diffusers_statistics(vae):
+    """The entries of diffusers' config.json for the statistics of the latents."""
+    mean = vae.latent_mean.tolist()
+    std = vae.latent_std.tolist()
+    if vae.decode_std is None and len(set(mean)) == 1 and len(set(std)) == 1:
+        return dict(scaling_factor=1 / std[0], shift_factor=mean[0] or None)
+    entries = dict(scaling_factor=1.0, shift_factor=None, latents_mean=mean, latents_std=std)
+    if vae.decode_std is not None:
+        # diffusers ignores this entry; load_vae reads it.
+        entries["latents_decode_std"] = vae.decode_std.tolist()
+    return entries
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,6 +203,12 @@ def parse_arguments(words=None):
     info_help = "format, architecture, latent statistics, hash, origin"
     info = commands.add_parser("info", help=info_help)
     info.add_argument("path", help=path_help)
+    info.add_argument(
+        "--sit-format",
+        choices=SIT_FORMATS,
+        default="auto",
+        help="convention of time and sign of a published SiT: the original SiT's, or REPA's",
+    )
     export = commands.add_parser("export", help="a VAE in the format of diffusers or LDM")
     export.add_argument("path", help=path_help)
     export.add_argument(
@@ -164,7 +227,7 @@ def parse_arguments(words=None):
 def main():
     args = parse_arguments()
     if args.command == "info":
-        print(describe(args.path))
+        print(describe(args.path, args.sit_format))
     else:
         kind, path = args.to
         export_vae(load_vae(args.path), kind, path)
