@@ -1,6 +1,7 @@
 """Command-line flags that the stages share."""
 
 import argparse
+import importlib.util
 
 from common.files import UserError
 from common.processes import world
@@ -25,12 +26,17 @@ def two_or_more(text):
 
 
 def parse_flags(parser, argv=None):
-    """parser.parse_args, after the help of every flag that has a default was made to name it."""
+    """parser.parse_args, after the help of every flag that has a default was made to name it.
+
+    --tensorboard is refused here, before a run has begun, where the package is not installed."""
     for action in parser._actions:
         has_default = action.default not in (None, False, argparse.SUPPRESS)
         if has_default and "default" not in (action.help or ""):
             action.help = f"{action.help or ''} (default: %(default)s)".strip()
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "tensorboard" in args and args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
+    return args
 
 
 def add_machine_flags(parser):
@@ -122,6 +128,11 @@ def add_training_flags(
     )
     group.add_argument("--log-every", type=positive, default=log_every, help="steps")
     group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log and the pictures as event files into tensorboard/",
+    )
+    group.add_argument(
         "--sample-every",
         type=positive,
         default=sample_every,
@@ -171,6 +182,7 @@ FREE_FLAGS = {
     "overwrite",
     "resume",
     "log_every",
+    "tensorboard",
     "sample_every",
     "save_every",
     "keep_every",

@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -387,7 +388,7 @@ def match_memory_formats(optimizer):
 
 
 # --------------------------------------------------------------------------------------------------
-# The log: config.json, metrics.jsonl, samples/*.png
+# The log: config.json, metrics.jsonl, samples/*.png, and the same as TensorBoard's event files
 
 # Checkpoints before the log knew its terms by name hold one vector: the sums of these, then the
 # counts of bad and good steps. Its length tells the stage.
@@ -408,6 +409,33 @@ def named_sums(running):
     # The old vector held a 0 for every term that was not in use.
     used = {term: value for term, value in terms if value != 0}
     return dict(bad_steps=bad, sums=used, counts=dict.fromkeys(used, good))
+
+
+class EventFiles:
+    """A run's numbers and pictures for TensorBoard, in <folder>/tensorboard. Those of steps after
+    `start`, left by a run that was killed, are marked as dropped."""
+
+    def __init__(self, folder, start):
+        # Imported here: it takes seconds, and the package may not be installed.
+        from torch.utils.tensorboard import SummaryWriter
+
+        first_step = start + 1 if start > 0 else 0
+        self.path = os.path.join(folder, "tensorboard")
+        self.writer = SummaryWriter(self.path, purge_step=first_step)
+
+    def numbers(self, line):
+        """Writes a line of metrics.jsonl, {"step": int, name: float}, each number by its name."""
+        for name, value in line.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, line["step"])
+        self.writer.flush()
+
+    def picture(self, step, path):
+        """Writes the PNG file at `path`."""
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self.writer.add_image("pictures", pixels, step, dataformats="HWC")
+        self.writer.flush()
 
 
 class RunLog:
@@ -464,6 +492,9 @@ class RunLog:
         self.file = open(path, "ab", buffering=2**20)  # noqa: SIM115 (it stays open as long as the run)
         record = dict(arguments=vars(self.args), provenance=provenance())
         write_json(os.path.join(folder, "config.json"), record)
+        self.event_files = None
+        if vars(self.args).get("tensorboard"):
+            self.event_files = EventFiles(folder, self.start)
 
     def due(self, every, step):
         """Whether something that happens at every `every`-th step (0: never) happens before this
@@ -536,6 +567,9 @@ class RunLog:
         with warn_if_unwritable(self.file.name):
             self.file.write((json.dumps(line) + "\n").encode())
             self.file.flush()
+        if self.event_files is not None:
+            with warn_if_unwritable(self.event_files.path):
+                self.event_files.numbers(line)
 
     def note(self, step, values):
         """Prints and writes measurements other than the losses, {name: float}."""
@@ -555,6 +589,8 @@ class RunLog:
         path = os.path.join(self.args.out, "samples", f"{step:07d}.png")
         with warn_if_unwritable(path):
             save_grid(path, rows)
+            if self.event_files is not None:
+                self.event_files.picture(step, path)
 
     def close(self, step, done):
         """Ends the progress bar and prints `done`, or that a signal stopped the run before its last
