@@ -1,50 +1,83 @@
 """Image folders, ADM's preprocessing, batches, and the way between 8 bits and [-1,1]."""
 
+import collections
 import functools
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
+from common.contents import (
+    edge_checksum,
+    file_state,
+    fingerprint_of,
+    read_edges,
+    read_table,
+    table_path,
+    unchanged_rows,
+    write_table,
+    is_same_table,
+)
 from common.draws import epoch_order, uniform
-from common.files import UserError, first_line, open_npz, warn_if_unwritable, writing
+from common.files import UserError, first_line, writing
 from common.processes import (
     asked_to_stop,
     at_signal,
     available_cores,
     barrier,
     conv_memory_format,
+    from_first_process,
     rank,
     say,
     world,
 )
 
-# Endings of the names that count as pictures.
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# {what a file may hold: endings of its name}. A file is recognised from its content, whatever its
+# name says. Pillow's other formats are not opened: reading some of them starts another program.
+TYPES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k"),
+}
 
-# What a file may hold, whatever its name says. Pillow's other formats are not opened: reading some
-# of them starts another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+# Formats that Pillow reads only where it was built with a library for them, and its name for it.
+OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
+
+# The formats that the installed Pillow reads, and the endings of names that count as pictures.
+FORMATS = tuple(form for form in TYPES if form not in OPTIONAL or features.check(OPTIONAL[form]))
+IMAGE_TYPES = tuple(ending for form in FORMATS for ending in TYPES[form])
+
+# Folders that operating systems put beside pictures. They and all names that begin with a dot are
+# left out.
+HIDDEN = ("@eaDir", "__MACOSX")
+
+# Names of the parts of a data set, which are often given by mistake in place of one of them.
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 # --------------------------------------------------------------------------------------------------
 # One file: opening it, and checking it without decoding
 
 
-def open_picture(path):
-    """-> PIL image whose pixels are not read yet.
+def open_picture(source):
+    """A path, or an open binary file -> PIL image whose pixels are not read yet.
 
     Raises ValueError for a decompression bomb, and for a strip that would become one when its short
     side is enlarged."""
-    image = Image.open(path, formats=FORMATS)
+    image = Image.open(source, formats=FORMATS)
     problem = None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         problem = f"more than {Image.MAX_IMAGE_PIXELS} pixels"
@@ -56,61 +89,127 @@ def open_picture(path):
     return image
 
 
-def has_jpeg_end(image, path):
-    """Whether the last KiB of an opened JPEG file contains the mark that ends its data."""
-    image.fp.seek(-min(os.path.getsize(path), 1024), os.SEEK_END)
-    return b"\xff\xd9" in image.fp.read()
+def check_open_picture(file, tail, decode):
+    """Checks an open file's header and its end, which is cheap, or with `decode` all of its pixels.
+    tail: its last bytes.
 
-
-def check_picture(path, decode=False):
-    """Checks a file's header and its end, which is cheap, or with `decode` all of its pixels.
-
-    -> (width, height), or words that say what is wrong with the file."""
-    if not os.path.isfile(path):
-        if os.path.islink(path):
-            return "it is a broken link"
-        return "it is not a regular file"
+    -> (width, height), or words that say what is wrong with it."""
     try:
-        with open_picture(path) as image:
+        with open_picture(file) as image:
             if image.mode == "F":
                 return "floating-point pixels have no known range"
             size = image.size
-            # Without the mark the file is cut, or other data follow the picture: decoding tells.
-            if image.format in ("JPEG", "MPO") and not has_jpeg_end(image, path):
+            # Without the mark of its end a JPEG is cut, or other data follow the picture: decoding
+            # tells.
+            if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in tail:
                 decode = True
             # This compares the checksums of a PNG and reaches its end. It does nothing for others.
             image.verify()
         if decode:
-            with open_picture(path) as image:
+            file.seek(0)
+            with open_picture(file) as image:
                 image.load()
     except Exception as error:  # Pillow's decoders raise a dozen types.
         return first_line(error)
     return size
 
 
+def examine_picture(path, decode=False):
+    """-> (edge_checksum of a file, what check_open_picture says of it); the checksum of a file that
+    cannot be opened is 0."""
+    if not os.path.isfile(path):
+        if os.path.islink(path):
+            return 0, "it is a broken link"
+        return 0, "it is not a regular file"
+    try:
+        with open(path, "rb") as file:
+            head, tail = read_edges(file, os.fstat(file.fileno()).st_size)
+            return edge_checksum(head, tail), check_open_picture(file, tail, decode)
+    except OSError as error:
+        return 0, first_line(error)
+
+
+def check_picture(path, decode=False):
+    """-> (width, height) of a picture, or words that say what is wrong with the file."""
+    return examine_picture(path, decode)[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # A folder: listing it, refusing odd layouts, checking its pictures
 
 
+class Listing(NamedTuple):
+    """What is in a folder, as their names and the operating system tell."""
+
+    files: list  # names of the N pictures relative to the folder, sorted
+    states: np.ndarray  # int64 (N,3), see common.contents.file_state
+    folders: list  # names of the folders in it, sorted
+    left_out: dict  # {what: number of files}: "hidden", or the ending of a name that is no picture
+
+
 def list_files(root):
-    """Walks through a folder, following links to other folders.
-
-    -> names of its pictures relative to root, sorted; and {folder relative to root: modification
-    time in ns} of root and every folder below it."""
-
-    def refuse(error):
-        raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
-
+    """Walks through a folder, following links to other folders. Hidden files and folders are left
+    out. Raises UserError for a folder that cannot be listed. -> Listing"""
     files = []
-    folders = {}
-    for folder, _, names in os.walk(root, followlinks=True, onerror=refuse):
-        refuse_endless_link(folder)
-        relative = os.path.relpath(folder, root)
-        folders[relative] = os.stat(folder).st_mtime_ns
-        for name in names:
-            if name.lower().endswith(IMAGE_TYPES):
-                files.append(os.path.normpath(os.path.join(relative, name)))
-    return sorted(files), folders
+    states = [np.zeros((0, 3), np.int64)]
+    left_out = collections.Counter()
+    level = ["."]
+    levels = []
+    # Several threads wait for a network file system at the same time.
+    with ThreadPoolExecutor(16) as pool:
+        while level:
+            levels.append(level)
+            below = []
+            for found in pool.map(functools.partial(list_folder, root), level):
+                files += found.files
+                states.append(found.states)
+                below += found.folders
+                left_out.update(found.left_out)
+            level = below
+    order = sorted(range(len(files)), key=files.__getitem__)
+    class_folders = sorted(levels[1]) if len(levels) > 1 else []
+    return Listing(
+        [files[i] for i in order],
+        np.concatenate(states)[order],
+        class_folders,
+        dict(left_out.most_common()),
+    )
+
+
+def list_folder(root, folder):
+    """-> Listing of the folder root/folder without those below it, unsorted. All names are relative
+    to root."""
+    files = []
+    states = []
+    folders = []
+    left_out = collections.Counter()
+    path = os.path.normpath(os.path.join(root, folder))
+    refuse_endless_link(path)
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = os.path.normpath(os.path.join(folder, entry.name))
+                if entry.name.startswith(".") or entry.name in HIDDEN:
+                    left_out["hidden"] += 1
+                elif entry.is_dir():
+                    folders.append(name)
+                elif entry.name.lower().endswith(IMAGE_TYPES):
+                    files.append(name)
+                    states.append(file_state(status_of(entry)))
+                else:
+                    ending = os.path.splitext(entry.name)[1].lower()
+                    left_out[ending or "no ending"] += 1
+    except OSError as error:
+        raise UserError(f"cannot list {path!r}: {error.strerror}") from None
+    return Listing(files, np.array(states, np.int64).reshape(-1, 3), folders, left_out)
+
+
+def status_of(entry):
+    """os.DirEntry -> os.stat_result of the file, or None for a broken link."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
 
 
 def refuse_endless_link(folder):
@@ -131,32 +230,86 @@ def class_name(file):
     return "."
 
 
-def refuse_odd_layout(root, files, folders):
+def sort_classes(names):
+    """Names of classes, without repetitions -> the same in the order of their labels: by number if
+    all of them are numbers, else as text."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def refuse_odd_layout(root, listing):
     """Raises a UserError for a folder that is not laid out as <class>/<picture> or as <picture>."""
+    files, _, class_folders, left_out = listing
     if not files:
-        raise UserError(f"{root} has no pictures (files named {' '.join(IMAGE_TYPES)})")
-    class_folders = sorted(f for f in folders if f != "." and os.sep not in f)
-    if len(class_folders) <= 3 and not {"train", "val", "test"}.isdisjoint(class_folders):
         raise UserError(
-            f"{root} holds the folders {', '.join(class_folders)} instead of classes: "
-            f"give one of them, such as {os.path.join(root, class_folders[-1])}"
+            f"{root} has no pictures (files named {' '.join(IMAGE_TYPES)})"
+            f"{describe_left_out(left_out)}"
         )
-    empty = sorted(set(class_folders) - {class_name(file) for file in files})
+    refuse_splits(root, files, class_folders)
+    used = {class_name(file) for file in files}
+    beside = [file for file in files if os.sep not in file]
+    if beside and len(used) > 1:
+        raise UserError(
+            f"{root} holds class folders and, beside them, {count_of(beside)}, the first is "
+            f"{os.path.join(root, beside[0])!r}; move what is beside them into a class folder, or "
+            "away"
+        )
+    empty = sorted(set(class_folders) - used)
     if empty:
         raise UserError(
             f"class folders without pictures: {len(empty)}, the first is "
             f"{os.path.join(root, empty[0])!r}; add pictures or remove it"
+            f"{describe_left_out(left_out)}"
         )
 
 
-def check_pictures(paths, decode):
-    """check_picture of every path, in order, by several threads or processes."""
-    check = functools.partial(check_picture, decode=decode)
+def refuse_splits(root, files, class_folders):
+    """Raises a UserError where the folder of a whole data set is given in place of one split.
+
+    A folder named train is a split if class folders are in it, or if nothing but splits is beside
+    it. One that holds pictures itself, beside class folders of other names, is a class."""
+    splits = [folder for folder in class_folders if folder.lower() in SPLITS]
+    if len(splits) < len(class_folders):
+        classes = {class_name(file) for file in files if file.count(os.sep) == 1}
+        splits = [folder for folder in splits if folder not in classes]
+    if not splits:
+        return
+    training = [folder for folder in splits if folder.lower().startswith("train")]
+    example = os.path.join(root, (training or splits)[0])
+    raise UserError(
+        f"{root} holds the parts of a data set ({', '.join(splits)}) instead of classes: give one "
+        f"of them, such as {example}; if they are classes, give their folders other names, or "
+        "links in another folder"
+    )
+
+
+def count_of(pictures):
+    return "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+
+
+def describe_left_out(left_out):
+    """{what: number of files}, see Listing -> "; left out: 3 hidden, 2 .txt", or nothing."""
+    if not left_out:
+        return ""
+    kinds = [f"{count} {what}" for what, count in left_out.items()]
+    words = "; left out: " + ", ".join(kinds[:6])
+    if len(kinds) > 6:
+        words += f" and {sum(list(left_out.values())[6:])} others"
+    for form in set(TYPES) - set(FORMATS):
+        if not left_out.keys().isdisjoint(TYPES[form]):
+            words += f" (the installed Pillow does not read {form})"
+    return words
+
+
+def examine_pictures(paths, decode):
+    """examine_picture of every path, in order, by several threads or processes. decode: whether to
+    decode it, a bool for each path."""
     many = len(paths) > 5000
     # Processes check faster than threads, but they take a while to start.
     executor = ProcessPoolExecutor if many else ThreadPoolExecutor
     with executor(min(16, available_cores())) as pool:
-        results = pool.map(check, paths, chunksize=100)
+        results = pool.map(examine_picture, paths, decode, chunksize=100)
         bar = tqdm(results, "checking pictures", len(paths), disable=not many, leave=False)
         return list(bar)
 
@@ -171,30 +324,29 @@ def refuse_unreadable(root, files, problems, skip_bad):
     lost = sorted({class_name(file) for file in files} - readable)
     if skip_bad and not lost:
         return
-    count = "1 picture" if len(problems) == 1 else f"{len(problems)} pictures"
     first = min(problems)
     path = os.path.join(root, files[first])
     if lost:
         remedy = f"repair or remove it; class {lost[0]!r} has no picture that can be read"
     else:
         remedy = "repair or remove it, or train with --skip-bad to use others of its class instead"
-    raise UserError(f"{count} cannot be read, the first is {path!r}: {problems[first]}; {remedy}")
-
-
-def fingerprint_files(root, files):
-    """-> 16 hexadecimal digits, a hash of the pictures' names and sizes in bytes."""
-    lines = []
-    for file in files:
-        path = os.path.join(root, file)
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
-        lines.append(f"{file} {size}")
-    # Names that are not UTF-8 keep their own bytes.
-    text = "\n".join(lines).encode(errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()[:16]
+    raise UserError(
+        f"{count_of(problems)} cannot be read, the first is {path!r}: {problems[first]}; {remedy}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # A set of pictures
+
+
+# What is kept of each of N files between starts, see common.contents.read_table.
+COLUMNS = {
+    "names": ("S", ()),  # relative to the root
+    "states": ("i", (3,)),  # see common.contents.file_state
+    "checksums": ("u", ()),  # see common.contents.edge_checksum
+    "sides": ("i", ()),  # the shorter side in pixels; 0: it cannot be read
+    "decoded": ("b", ()),  # whether all of its pixels were read
+}
 
 
 class ImageSet:
@@ -202,15 +354,16 @@ class ImageSet:
     holds pictures directly (one class).
 
     names: bytes (N,), relative to root, sorted. labels: int64 (N,), indices into classes.
-    classes: list of folder names, sorted. smallest: the shortest side of any picture, in pixels.
-    bad: indices of pictures that cannot be read. fingerprint: hash of the files' names and sizes.
+    classes: list of folder names; those that are all numbers are sorted by number. smallest: the
+    shortest side of any picture, in pixels. bad: indices of pictures that cannot be read.
+    fingerprint: hash of the files' names, sizes, and first and last few KiB.
 
     check_data: every picture is decoded once, before it is used.
     skip_bad: a picture that cannot be read is replaced by another one of its class; else it is a
     UserError, as is a folder that is absent, empty or oddly laid out.
 
-    The list is made once and kept under runs/cache. It is used again until the modification time of
-    a folder changes."""
+    What is found out about the files is kept under runs/cache. A later start examines only those
+    that are new or have changed."""
 
     def __init__(self, root, check_data=False, skip_bad=False):
         self.root = os.path.abspath(root)
@@ -221,97 +374,112 @@ class ImageSet:
                 f"{root}: no such folder; give one laid out as <class>/<picture> with --data "
                 "(`python demo.py` makes a small one under runs/demo)"
             )
-        root_hash = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:16]
-        self.list_file = os.path.join("runs", "cache", f"files-{root_hash}.npz")
-        # The first process makes the list while the others wait. They make their own only if the
-        # first could not write it.
-        if rank() == 0 and not self.read_list():
-            self.make_list()
+        self.table_file = table_path(root, "pictures")
+        # The first process examines the files while the others wait. These do the same themselves
+        # only if they cannot read what the first has kept, as on another node without a common
+        # file system.
+        if rank() == 0:
+            self.examine()
         barrier()
-        if rank() != 0 and not self.read_list():
-            self.make_list()
+        if rank() != 0 and not self.read_table():
+            self.examine()
+        self.refuse_another_copy()
+        self.describe_oddities()
+
+    def read_table(self):
+        """Takes over what the first process has kept of the files. -> whether it could be read."""
+        kept = read_table(self.table_file, COLUMNS)
+        if kept is None:
+            return False
+        header, table = kept
+        files = [os.fsdecode(name) for name in table["names"]]
+        self.take(files, table, header["left_out"])
+        return True
+
+    def examine(self):
+        """Lists the files, checks those that are new or have changed since an earlier start, and
+        keeps what is found."""
+        listing = list_files(self.root)
+        files = listing.files
+        refuse_odd_layout(self.root, listing)
+        names = np.array([os.fsencode(file) for file in files])
+        table = {
+            "names": names,
+            "states": listing.states,
+            "checksums": np.zeros(len(files), np.uint64),
+            "sides": np.zeros(len(files), np.int64),
+            "decoded": np.full(len(files), self.check_data),
+        }
+        kept = read_table(self.table_file, COLUMNS)
+        todo = np.arange(len(files))
+        if kept is not None:
+            todo = self.take_over(kept[1], table)
+        problems = {}
+        if len(todo):
+            paths = [os.path.join(self.root, files[i]) for i in todo]
+            decode = table["decoded"][todo].tolist()
+            for i, found in zip(todo, examine_pictures(paths, decode), strict=True):
+                table["checksums"][i], result = found
+                if isinstance(result, str):
+                    problems[int(i)] = result
+                else:
+                    table["sides"][i] = min(result)
+        refuse_unreadable(self.root, files, problems, self.skip_bad)
+        self.take(files, table, listing.left_out)
+        header = {"left_out": listing.left_out}
+        if not is_same_table(kept, header, table):
+            write_table(self.table_file, header, table)
+
+    def take_over(self, kept, table):
+        """Fills a table with what an earlier start kept. -> indices of the files to examine: those
+        that are new, have changed, are yet to be decoded, or could not be read before."""
+        rows = unchanged_rows(table["names"], table["states"], kept)
+        known = np.flatnonzero(rows >= 0)
+        # What only decoding found unreadable must be decoded again to be found.
+        table["decoded"][known] |= kept["decoded"][rows[known]]
+        known = known[kept["decoded"][rows[known]] >= table["decoded"][known]]
+        known = known[kept["sides"][rows[known]] > 0]
+        for name in ("checksums", "sides"):
+            table[name][known] = kept[name][rows[known]]
+        return np.setdiff1d(np.arange(len(rows)), known)
+
+    def take(self, files, table, left_out):
+        """Makes a table, whose names are `files`, the content of this set."""
+        class_names = [class_name(file) for file in files]
+        self.classes = sort_classes(set(class_names))
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([label_of[name] for name in class_names], np.int64)
+        self.names = table["names"]
+        readable = table["sides"] > 0
+        self.bad = set(np.flatnonzero(~readable).tolist())
+        self.smallest = int(table["sides"][readable].min())
+        self.fingerprint = fingerprint_of(files, table["states"][:, 0], table["checksums"])
+        self.left_out = left_out
+
+    def refuse_another_copy(self):
+        """Raises a UserError if the folder holds other pictures on this node than on the first
+        process's."""
+        number = int(self.fingerprint, 16) - 2**63  # as a signed whole number of 64 bits
+        if from_first_process(number) != number:
+            raise UserError(
+                f"{self.root} holds other pictures for process {rank()} than for process 0; give "
+                "all nodes the same ones"
+            )
+
+    def describe_oddities(self):
+        """Says what a user may not know of this folder."""
+        if self.left_out:
+            say(f"note: {self.root}{describe_left_out(self.left_out).replace(';', ':', 1)}")
+        if len(self.classes) == 1 and all(name.count(os.sep.encode()) > 1 for name in self.names):
+            say(
+                f"note: {self.root} holds one folder, {self.classes[0]!r}, which is taken for the "
+                "only class; if the folders in it are the classes, give "
+                f"{os.path.join(self.root, self.classes[0])!r}"
+            )
         if self.bad:
             say(
                 f"note: {len(self.bad)} of {len(self)} pictures cannot be read; others of their "
                 f"class take their place. The first is {self.path(min(self.bad))!r}"
-            )
-
-    def read_list(self):
-        """Reads the list that an earlier start kept. -> whether there is one that still holds."""
-        try:
-            with open_npz(self.list_file) as file:
-                header = json.loads(str(file["header"]))
-                self.names = file["names"]
-                self.labels = file["labels"]
-                self.bad = set(file["bad"].tolist())
-            self.classes = header["classes"]
-            self.fingerprint = header["fingerprint"]
-            self.smallest = header["smallest"]
-            return self.is_sound() and self.is_current(header)
-        except Exception:  # The list is absent, damaged or of another version: a new one is made.
-            return False
-
-    def is_sound(self):
-        """Whether the parts of a list that was read fit together."""
-        return (
-            self.names.shape == self.labels.shape == (len(self.names),)
-            and self.names.dtype.kind == "S"
-            and self.labels.dtype == np.int64
-            and set(self.labels.tolist()) == set(range(len(self.classes)))
-        )
-
-    def is_current(self, header):
-        """Whether a list that was read is of the folders as they are now, and was checked and
-        filtered as this set asks for."""
-        if self.check_data and not header["decoded"]:
-            return False
-        if self.bad and not self.skip_bad:
-            return False
-        for folder, time_ns in header["folders"].items():
-            if os.stat(os.path.join(self.root, folder)).st_mtime_ns != time_ns:
-                return False
-        return True
-
-    def make_list(self):
-        """Lists and checks the files, and keeps the result for the next start."""
-        files, folders = list_files(self.root)
-        refuse_odd_layout(self.root, files, folders)
-        paths = [os.path.join(self.root, file) for file in files]
-        sizes = {}
-        problems = {}
-        for i, result in enumerate(check_pictures(paths, self.check_data)):
-            if isinstance(result, str):
-                problems[i] = result
-            else:
-                sizes[i] = result
-        refuse_unreadable(self.root, files, problems, self.skip_bad)
-
-        class_names = [class_name(file) for file in files]
-        self.classes = sorted(set(class_names))
-        label_of = {name: label for label, name in enumerate(self.classes)}
-        self.labels = np.array([label_of[name] for name in class_names], np.int64)
-        self.names = np.array([os.fsencode(file) for file in files])
-        self.bad = set(problems)
-        self.smallest = min(min(size) for size in sizes.values())
-        self.fingerprint = fingerprint_files(self.root, files)
-        self.keep_list(folders)
-
-    def keep_list(self, folders):
-        """Writes the list. folders: {folder relative to root: modification time in ns}."""
-        header = {
-            "folders": folders,
-            "classes": self.classes,
-            "fingerprint": self.fingerprint,
-            "smallest": self.smallest,
-            "decoded": self.check_data,
-        }
-        with warn_if_unwritable(self.list_file), writing(self.list_file) as file:
-            np.savez(
-                file,
-                header=np.array(json.dumps(header)),
-                names=self.names,
-                labels=self.labels,
-                bad=np.array(sorted(self.bad), np.int64),
             )
 
     def __len__(self):

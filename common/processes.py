@@ -299,6 +299,16 @@ def store_of_this_start(store, number, count):
         time.sleep(0.1)
 
 
+def from_first_process(number):
+    """The first process's value of `number`, a whole number of 64 bits, on every process."""
+    if world() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(number, device=device)
+    dist.broadcast(value, 0)
+    return int(value)
+
+
 def sum_over_processes(values):
     """Sums a tensor over the processes, in place, and returns it."""
     if world() > 1:

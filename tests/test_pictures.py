@@ -4,6 +4,7 @@ What cannot be used is refused before training, by name. --check-data finds the 
 decoding finds. --skip-bad puts another picture of the class in the place of a bad one.
 """
 
+import io
 import os
 import shutil
 
@@ -15,8 +16,9 @@ from PIL import Image
 import common.pictures as pictures_module
 import train_sit
 import train_vae
+from common.contents import edge_checksum, fingerprint_of, read_edges
 from common.files import UserError
-from common.pictures import ImageSet, TrainingBatches, check_picture, load_image
+from common.pictures import FORMATS, ImageSet, TrainingBatches, check_picture, load_image
 from common.processes import say
 from common.runs import list_checkpoints
 from common.weights import load_sit, load_vae
@@ -62,6 +64,19 @@ def paint_cut_bmp(path):
     write_bytes(path, data[: len(data) // 2])
 
 
+def record_examined(monkeypatch):
+    """-> the list that gets the name, class/picture, of each file that is examined from now on."""
+    examined = []
+    examine = pictures_module.examine_picture
+
+    def record(path, decode=False):
+        examined.append("/".join(path.split(os.sep)[-2:]))
+        return examine(path, decode)
+
+    monkeypatch.setattr(pictures_module, "examine_picture", record)
+    return examined
+
+
 # --------------------------------------------------------------------------------------------------
 # The check, and --check-data
 
@@ -86,12 +101,11 @@ def test_check_data_finds_what_only_decoding_finds_and_is_kept(folder, capsys, m
     shutil.rmtree("runs")
     script(train_vae, *TWO_STEPS, "--data", folder, "--check-data", "--skip-bad")
 
-    def check_again(*arguments, **options):
-        pytest.fail("a picture was checked again")
-
-    monkeypatch.setattr(pictures_module, "check_picture", check_again)
+    examined = record_examined(monkeypatch)
+    # Only the bad one is looked at again, since it may have been unreadable for a moment only.
     assert len(ImageSet(folder, check_data=True, skip_bad=True).bad) == 1
     assert len(ImageSet(folder, skip_bad=True).bad) == 1
+    assert examined == ["a/bad.bmp", "a/bad.bmp"]
 
 
 def test_a_cheap_check_is_not_taken_for_a_full_one(folder):
@@ -210,15 +224,15 @@ def test_files_that_vanish_while_training(folder, capfd, monkeypatch, workers):
 
     def list_from_before(self):
         """Takes the list of files from before any vanished, as a run that has begun would have."""
+        self.left_out = {}
         self.names = data.names
         self.labels = data.labels
         self.bad = set()
         self.classes = data.classes
         self.fingerprint = data.fingerprint
         self.smallest = data.smallest
-        return True
 
-    monkeypatch.setattr(ImageSet, "read_list", list_from_before)
+    monkeypatch.setattr(ImageSet, "examine", list_from_before)
     os.remove("p/a/03.png")
     os.remove("p/a/04.png")
     message = refused(capfd, train_vae, *words, "--steps", 7)
@@ -247,6 +261,173 @@ def test_second_stage_skips_too(folder, capsys):
     latents = np.load(f"runs/vae/{cache}/latents.npy")
     assert np.array_equal(latents[3], latents[4])
     assert not np.array_equal(latents[3], latents[5])
+
+
+# --------------------------------------------------------------------------------------------------
+# What is data: names, sizes and the ends of files
+
+
+def test_a_copy_is_the_same_data_and_a_file_written_over_is_not(folder, monkeypatch):
+    paint("p/a/03.bmp")
+    first = ImageSet(folder)
+    # tar and rsync keep times; a copy in another place has no list yet.
+    shutil.copytree("p", "copy")
+    assert ImageSet("copy").fingerprint == first.fingerprint
+    assert ImageSet(os.path.abspath("p") + "/").fingerprint == first.fingerprint
+    shutil.rmtree("runs")
+    assert ImageSet("p").fingerprint == first.fingerprint
+
+    # Name, size and time of modification stay, and so does the folder's.
+    examined = record_examined(monkeypatch)
+    status = os.stat("p/a/03.bmp")
+    data = bytearray(read_bytes("p/a/03.bmp"))
+    data[-1] ^= 1
+    write_bytes("p/a/03.bmp", data)
+    os.utime("p/a/03.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
+    changed = ImageSet("p")
+    assert examined == ["a/03.bmp"]
+    assert changed.fingerprint != first.fingerprint
+    # The same content under a new time is the same data.
+    os.utime("copy/a/03.bmp")
+    assert ImageSet("copy").fingerprint == first.fingerprint
+    os.rename("p/b", "p/c")
+    assert ImageSet("p").fingerprint != changed.fingerprint
+
+
+def test_a_fingerprint_needs_no_folder():
+    """An archive gives the names, sizes and ends of its members."""
+    contents = {"a/1": b"x" * 9000, "a/2": b"short", "b/1": b""}
+    files = []
+    for data in contents.values():
+        head, tail = read_edges(io.BytesIO(data), len(data))
+        assert head == data[:4096]
+        assert tail == data[max(0, len(data) - 4096) :]
+        files.append((len(data), edge_checksum(head, tail)))
+    sizes, checksums = zip(*files, strict=True)
+    found = fingerprint_of(list(contents), sizes, checksums)
+    assert found == fingerprint_of([b"a/1", b"a/2", b"b/1"], sizes, np.array(checksums, np.uint64))
+    assert len(found) == 16
+    others = [
+        fingerprint_of(["a/1", "a/2", "b/2"], sizes, checksums),
+        fingerprint_of(list(contents), (9000, 6, 0), checksums),
+        fingerprint_of(list(contents), sizes, checksums[::-1]),
+    ]
+    assert len({found, *others}) == 4
+
+
+def test_new_pictures_alone_are_examined(folder, monkeypatch):
+    ImageSet(folder)
+    examined = record_examined(monkeypatch)
+    paint("p/a/0new.png")
+    os.remove("p/b/05.png")
+    data = ImageSet(folder)
+    assert examined == ["a/0new.png"]
+    assert len(data) == 24
+    assert data.fingerprint == ImageSet(shutil.copytree("p", "copy")).fingerprint
+    assert data.smallest == 40
+
+
+# --------------------------------------------------------------------------------------------------
+# What is a class, and what is a picture
+
+
+def test_hidden_files_and_folders_are_left_out(folder, capsys):
+    expected = ImageSet(folder).fingerprint
+    os.makedirs("p/.ipynb_checkpoints")
+    os.makedirs("p/a/@eaDir/0.png")
+    shutil.copy("p/a/00.png", "p/.ipynb_checkpoints/0-checkpoint.png")
+    shutil.copy("p/a/00.png", "p/a/@eaDir/0.png/THUMB.png")
+    shutil.copy("p/a/00.png", "p/a/._00.png")
+    write_bytes("p/classes.txt", b"a b")
+    write_bytes("p/b/README", b"c")
+    capsys.readouterr()
+    data = ImageSet(folder)
+    assert data.classes == ["a", "b"]
+    assert data.fingerprint == expected
+    note = f"note: {os.path.abspath('p')}: left out: 3 hidden, 1 .txt, 1 no ending"
+    assert note in capsys.readouterr().out
+
+
+def test_a_picture_beside_class_folders_is_refused(folder):
+    shutil.copy("p/a/00.png", "p/preview.png")
+    with pytest.raises(UserError, match=r"beside them, 1 picture, the first is '.*p/preview\.png'"):
+        ImageSet(folder)
+    shutil.rmtree("p/a")
+    shutil.rmtree("p/b")
+    assert ImageSet(folder).classes == ["."]
+
+
+@pytest.mark.parametrize(
+    "files,classes",
+    [
+        ("car/0.png plane/0.png train/0.png", ["car", "plane", "train"]),
+        ("car/0.png train/0.png train/steam/0.png", ["car", "train"]),
+        ("train/a/0.png train/b/0.png val/a/0.png", None),
+        ("train/a/0.png val/0.png", None),
+        ("Train/0.png Test/0.png", None),
+        ("car/0.png plane/0.png ship/0.png train/a/0.png", None),
+    ],
+)
+def test_splits_in_place_of_classes_are_refused(files, classes, inside):
+    for file in files.split():
+        os.makedirs(os.path.dirname(f"p/{file}"), exist_ok=True)
+        paint(f"p/{file}")
+    if classes is None:
+        with pytest.raises(UserError, match=r"give one of them, such as .*p/[Tt]rain; if they are"):
+            ImageSet("p")
+        # The way round that the sentence names.
+        os.makedirs("links")
+        for name in os.listdir("p"):
+            os.symlink(os.path.abspath(f"p/{name}"), f"links/{name}s")
+        assert ImageSet("links").classes == sorted(f"{name}s" for name in os.listdir("p"))
+    else:
+        assert ImageSet("p").classes == classes
+
+
+def test_a_folder_around_the_class_folders_is_named(folder, capsys):
+    shutil.move("p", "wrapped/p")
+    assert ImageSet("wrapped").classes == ["p"]
+    assert "if the folders in it are the classes, give " in capsys.readouterr().out
+
+
+def test_numbers_are_sorted_as_numbers(inside):
+    for name in ("10", "9", "1", "0", "2"):
+        os.makedirs(f"p/{name}")
+        paint(f"p/{name}/0.png")
+    data = ImageSet("p")
+    assert data.classes == ["0", "1", "2", "9", "10"]
+    labels = {
+        os.fsdecode(name).split(os.sep)[0]: label
+        for name, label in zip(data.names, data.labels, strict=True)
+    }
+    assert labels == {"0": 0, "1": 1, "2": 2, "9": 3, "10": 4}
+    os.rename("p/9", "p/9b")
+    assert ImageSet("p").classes == ["0", "1", "10", "2", "9b"]
+
+
+KINDS = {
+    "jpe": "JPEG",
+    "jfif": "JPEG",
+    "gif": "GIF",
+    "pgm": "PPM",
+    "avif": "AVIF",
+    "jp2": "JPEG2000",
+}
+
+
+@pytest.mark.parametrize("ending", KINDS)
+def test_all_that_pillow_reads(ending, folder, capsys):
+    grey = np.full((40, 40, 3), 90, np.uint8)
+    picture = Image.fromarray(grey).convert("L" if ending == "pgm" else "RGB")
+    if KINDS[ending] not in FORMATS:
+        write_bytes(f"p/a/0.{ending}", b"anything")
+        assert len(ImageSet(folder)) == 24
+        assert f"1 .{ending} (the installed Pillow does not" in capsys.readouterr().out
+        return
+    picture.save(f"p/a/0.{ending}", KINDS[ending])
+    data = ImageSet(folder, check_data=True)
+    assert len(data) == 25
+    assert np.abs(data.load(0, 32).astype(int) - 90).max() <= 3
 
 
 # --------------------------------------------------------------------------------------------------

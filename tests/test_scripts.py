@@ -331,7 +331,7 @@ def test_file_list_is_read_once_and_follows_changes(pictures, inside, monkeypatc
     shutil.copytree(pictures, "p")
     first = ImageSet("p")
     with monkeypatch.context() as patch:
-        patch.setattr(pictures_module, "check_picture", lambda path: pytest.fail("read again"))
+        patch.setattr(pictures_module, "examine_picture", lambda *_: pytest.fail("read again"))
         assert ImageSet("p").fingerprint == first.fingerprint
     shutil.copy("p/a/00.png", "p/b/new.png")
     changed = ImageSet("p")
