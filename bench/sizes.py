@@ -69,7 +69,7 @@ def activation_memory(make, loss, precision):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with LiveMemory() as memory:
-            with autocast(torch.device("cpu"), precision):
+            with autocast(inputs[0].device, precision):
                 value = loss(net(*inputs))
             value.backward()
     return memory.peak
