@@ -509,7 +509,8 @@ class ArraySet:
     names: range over the pictures, empty if there is no arr_0. labels: (N,) or None.
     statistics: those of Inception's features that the file holds, {name: float64 tensor}.
     settings: what sample.py recorded, or None. fingerprint: hash of the arrays' names, sizes and
-    checksums; open_npz has compared the checksums with the data. smallest: the shorter side.
+    checksums; open_npz has compared the checksums with the data. smallest, largest: the shorter
+    side.
     Raises UserError if the file is damaged or not of the form of a set.
     """
 
@@ -528,7 +529,7 @@ class ArraySet:
             self.labels = self.read_labels()
             members = self.file.zip.infolist()
         self.names = range(self.shape[0])
-        self.smallest = min(self.shape[1:3])
+        self.smallest = self.largest = min(self.shape[1:3])
         arrays = sorted((member.filename, member.file_size, member.CRC) for member in members)
         self.fingerprint = hashlib.sha256(json.dumps(arrays).encode()).hexdigest()
 
@@ -574,14 +575,46 @@ class ArraySet:
         return torch.from_numpy(images.copy()).permute(0, 3, 1, 2)
 
 
+def refuse_run_folder(path):
+    """Raise UserError for a folder of a training run: its pictures are grids, not samples."""
+    inside = os.path.abspath(path)
+    for folder in (inside, os.path.dirname(inside)):
+        if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
+            raise UserError(
+                f"{path} is of a training run, whose pictures are grids to look at; draw a set "
+                "with `python sample.py --num-images 50000`"
+            )
+
+
+def folder_settings(path, available):
+    """What sample.py recorded in a folder of `available` pictures, or None.
+
+    Raises UserError if the set was interrupted.
+    """
+    file = os.path.join(path, "settings.json")
+    if not os.path.isfile(file):
+        return None
+    with reading(file, "the settings of a set of ours"), open(file) as opened:
+        settings = json.load(opened)
+        num = int(settings["num"])
+    if available != num:
+        raise UserError(
+            f"{path} has {available} of the {num} pictures that {file} tells of; rerun the "
+            "sample.py command to complete it, or remove that file"
+        )
+    return settings
+
+
 class Pictures:
     """A set in batches: pictures of a folder, cropped to `size`, or of an .npz, as they are.
 
-    num: how many, evenly spaced of a folder, the first of an .npz (default: all). arrays: the
-    ArraySet of the .npz, if it is open already.
+    num: how many, evenly spaced of a folder, the first of an .npz (default: all). size: needed for
+    a folder whose pictures are not of one size. arrays: the ArraySet of the .npz, if it is open
+    already.
 
     set: the ImageSet or ArraySet. chosen: int (count,), indices into it. record: what identifies
-    the set, for the result. Raises UserError if there are not enough pictures.
+    the set, for the result. Raises UserError if there are not enough pictures, or their size is not
+    clear.
     """
 
     def __init__(self, path, num=None, size=None, batch_size=16, arrays=None):
@@ -589,9 +622,10 @@ class Pictures:
         self.batch_size = batch_size
         self.folder = os.path.isdir(path)
         if self.folder:
+            refuse_run_folder(path)
             self.set = ImageSet(path)
-            self.size = size or self.set.smallest
-            settings = None
+            self.size = size or self.only_size()
+            settings = folder_settings(path, len(self.set.names))
         else:
             self.set = arrays if arrays is not None else ArraySet(path)
             self.size = self.set.smallest
@@ -610,6 +644,8 @@ class Pictures:
             "path": path,
             "pictures": self.count,
             "size": self.size,
+            # Of the pictures before they are cropped.
+            "shorter sides": [self.set.smallest, self.set.largest],
             "hash": self.set.fingerprint,
             "settings": settings,
         }
@@ -620,6 +656,16 @@ class Pictures:
                 "fewest": int(counts.min()),
                 "most": int(counts.max()),
             }
+
+    def only_size(self):
+        """The shorter side of all pictures. Raises UserError if they are of several sizes."""
+        if self.set.smallest < self.set.largest:
+            raise UserError(
+                f"{self.path} holds pictures of several sizes, with shorter sides from "
+                f"{self.set.smallest} to {self.set.largest} pixels; say with --size to which one "
+                "they are to be brought, or remove those that do not belong there"
+            )
+        return self.set.smallest
 
     def stack(self, index, size):
         return self.set.stack(self.chosen[index], size)
@@ -742,6 +788,24 @@ def cached_statistics(net, pictures, keep, workers):
     return result
 
 
+def say_other_sizes(path, images, size):
+    """Print a note if the pictures of an ImageSet are enlarged or reduced to `size`, and a warning
+    if those of an ArraySet have another size."""
+    if isinstance(images, ArraySet):
+        if len(images.names) > 0 and images.smallest != size:
+            say(
+                f"warning: {path} has pictures of {images.smallest} pixels and is compared with "
+                f"pictures of {size}: the distance also measures this difference"
+            )
+    elif images.smallest < size:
+        say(
+            f"note: some pictures of {path} are enlarged to {size} pixels (the smallest has "
+            f"{images.smallest})"
+        )
+    elif images.largest > size:
+        say(f"note: pictures of {path} are reduced to {size} pixels")
+
+
 def check_inception_statistics(path, statistics):
     """Raise UserError unless they are finite and of the shapes in STATISTICS."""
     wrong = []
@@ -767,6 +831,8 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
     given = {}
     if not os.path.isdir(path):
         arrays = ArraySet(path)
+        if size is not None:
+            say_other_sizes(path, arrays, size)
         # The statistics in a file are Inception's, and of no use to another network.
         if isinstance(net, Inception):
             given = arrays.statistics
@@ -778,6 +844,8 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
 
     # There are only pictures: their statistics are computed.
     pictures = Pictures(path, num, size, batch_size, arrays)
+    if pictures.folder:
+        say_other_sizes(path, pictures.set, pictures.size)
     computed = cached_statistics(net, pictures, keep, workers)
     if not given:
         return computed, {**pictures.record, "statistics": "computed"}
@@ -864,6 +932,7 @@ def measure_samples(args, device):
         command = "python sample.py --num-images 50000"
         path = newest_result("samples.npz", "set of samples", command)
     pictures = Pictures(path, args.num, args.size, args.batch_size)
+    say_other_sizes(path, pictures.set, pictures.size)
     net = feature_network(args, pictures.count, device)
     reference, reference_record = read_reference(
         net,

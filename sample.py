@@ -1,4 +1,5 @@
-"""Draw pictures from a trained SiT: a grid to look at, or a set (.npz) to compute FID on.
+"""Draw pictures from a trained SiT: a grid to look at, or a set to compute FID on, as one .npz or
+as a folder of PNG files.
 
     dx = [v - w/2 s] dt + sqrt(w) dW, run from t = 1 (noise) to 0 (data); score
     s = -((1-t) v + x) / t, w(t) = 2t (SDE, Euler-Maruyama, as REPA), or dx = v dt (ODE, Euler or
@@ -8,6 +9,7 @@
     python sample.py --cfg 1.5          # a grid of 8 classes x 8, from the newest SiT under runs/
     python sample.py --classes 207 360 --n 16 --out grid.png    # numbers or folder names of classes
     torchrun --nproc_per_node=8 sample.py --num-images 50000 --cfg 1 --out samples.npz
+    python sample.py --num-images 5000 --out samples            # samples/<class>/<id>.png
 
 Picture i of a set depends on (--seed, i) alone, not on the batch size or the number of processes.
 Rerun a command to resume an interrupted set.
@@ -23,6 +25,7 @@ import shutil
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common.draws import normal, uniform
@@ -87,7 +90,9 @@ def parse_arguments(argv=None):
         "the choice moves FID and is recorded in the set",
     )
     g.add_argument(
-        "--out", help=".png or .npz (default: grid.png or samples.npz in the SiT's folder)"
+        "--out",
+        help="grid: .png; set: .npz, or a folder for <class>/<id>.png "
+        "(default: grid.png or samples.npz in the SiT's folder)",
     )
     g.add_argument(
         "--overwrite",
@@ -396,6 +401,16 @@ def check_settings(path, recorded, settings):
         )
 
 
+def check_settings_file(folder, settings):
+    """Raise UserError unless folder/settings.json has these settings."""
+    path = os.path.join(folder, "settings.json")
+    with (
+        reading(path, "the settings of an interrupted set; remove its folder"),
+        open(path) as file,
+    ):
+        check_settings(folder, json.load(file), settings)
+
+
 def prepare_parts(folder, settings, overwrite):
     """Make `folder` the place where this set grows. Rank 0 only.
 
@@ -407,16 +422,29 @@ def prepare_parts(folder, settings, overwrite):
         for old in glob.glob(os.path.join(glob.escape(folder), "*")):
             os.remove(old)
     if os.path.exists(path):
-        with (
-            reading(path, "the settings of an interrupted set; remove its folder"),
-            open(path) as file,
-        ):
-            check_settings(folder, json.load(file), settings)
+        check_settings_file(folder, settings)
     else:
         write_json(path, settings)
 
 
-def draw_set(sit, vae, args, device, precision, settings):
+def draw_blocks(sit, vae, blocks, args, device, precision):
+    """Draw this process's share of the blocks, of --batch-size pictures each, of a set.
+
+    Yield the number of each block, the ids of its pictures, a range, and the pictures, NumPy uint8
+    (b,H,W,3).
+    """
+    size = min(args.batch_size, args.num)
+    for block in tqdm(blocks[rank() :: world()], disable=rank() > 0, unit="batch"):
+        first = block * args.batch_size
+        end = min(first + args.batch_size, args.num)
+        ids = torch.arange(first, end, device=device)
+        labels = set_labels(args.labels, ids, sit.num_classes, args.seed)
+        images = draw_batch(sit, vae, ids, labels, args, precision, size)  # (b,3,H,W)
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+        yield block, range(first, end), pictures
+
+
+def draw_npz(sit, vae, args, device, precision, settings):
     """Draw --num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON.
 
     The pictures are collected in the folder <out>.parts. Each finished block of --batch-size
@@ -445,14 +473,8 @@ def draw_set(sit, vae, args, device, precision, settings):
     if len(todo) < len(done):
         say(f"resuming {parts}: {len(done) - len(todo)} of {len(done)} blocks are done")
 
-    for block in tqdm(todo[rank() :: world()], disable=rank() > 0, unit="batch"):
-        first = block * args.batch_size
-        end = min(first + args.batch_size, args.num)
-        ids = torch.arange(first, end, device=device)
-        labels = set_labels(args.labels, ids, sit.num_classes, args.seed)
-        size = min(args.batch_size, args.num)
-        images = draw_batch(sit, vae, ids, labels, args, precision, size)  # (b,3,H,W)
-        pictures[first:end] = images.permute(0, 2, 3, 1).cpu().numpy()
+    for block, ids, images in draw_blocks(sit, vae, todo, args, device, precision):
+        pictures[ids.start : ids.stop] = images
         mark_done(pictures, done, block)
 
     barrier()
@@ -464,16 +486,98 @@ def draw_set(sit, vae, args, device, precision, settings):
         say(f"{args.num} pictures: {args.out}")
 
 
+def class_folders(sit):
+    """A folder's name for each class: the class's own where the SiT's file has them, or its number.
+
+    A file may be of anybody, and a class of it must not lead out of the set's folder or into a
+    hidden one.
+    """
+    names = sit.info.get("classes") or []
+    usable = {
+        name for name in names if name == os.path.basename(name) and name[:1] not in ("", ".")
+    }
+    if len(usable) == sit.num_classes:
+        return names
+    return [str(number) for number in range(sit.num_classes)]
+
+
+def prepare_folder(folder, settings, overwrite):
+    """Make `folder` the place where a set of PNG files grows. Rank 0 only.
+
+    With `overwrite` the pictures of an earlier set are removed. Raises UserError if it holds
+    pictures of other settings, or files that are not a set of ours.
+    """
+    path = os.path.join(folder, "settings.json")
+    others = [name for name in os.listdir(folder) if not name.startswith(".")]
+    if not os.path.exists(path):
+        if others:
+            raise UserError(
+                f"{folder} holds files that are not a set of ours, such as {sorted(others)[0]!r}; "
+                "name a new or an empty folder with --out"
+            )
+    elif not overwrite:
+        check_settings_file(folder, settings)
+        return
+    else:
+        for old in glob.glob(os.path.join(glob.escape(folder), "*", "[0-9]*.png")):
+            os.remove(old)
+    write_json(path, settings)
+
+
+def draw_folder(sit, vae, args, device, precision, settings):
+    """Draw --num pictures into the folder args.out: <class>/<id>.png, and settings.json.
+
+    A rerun draws the blocks of --batch-size pictures in which one is missing.
+    """
+    stop_at_signal()
+    lock(args.out)
+    if rank() == 0:
+        prepare_folder(args.out, settings, args.overwrite)
+    barrier()
+    folders = class_folders(sit)
+    labels = set_labels(args.labels, torch.arange(args.num), sit.num_classes, args.seed).tolist()
+    paths = [
+        os.path.join(args.out, folders[label], f"{i:06d}.png") for i, label in enumerate(labels)
+    ]
+    exists = np.array([os.path.exists(path) for path in paths])
+    first_of_blocks = np.arange(0, args.num, args.batch_size)
+    complete = np.logical_and.reduceat(exists, first_of_blocks)
+    # No process may write a picture before all of them have looked.
+    barrier()
+    if complete.all():
+        say(f"done      {args.out} already has its {args.num} pictures")
+        return
+    if complete.any():
+        say(f"resuming {args.out}: {complete.sum()} of {len(complete)} blocks are done")
+
+    todo = np.flatnonzero(~complete)
+    for _, ids, images in draw_blocks(sit, vae, todo, args, device, precision):
+        for i, image in zip(ids, images, strict=True):
+            with writing(paths[i]) as file:
+                Image.fromarray(image).save(file, "png")
+    barrier()
+    say(f"{args.num} pictures: {args.out}, in a folder for each class")
+
+
+def draw_set(sit, vae, args, device, precision, settings):
+    """Draw --num pictures into args.out, an .npz file or a folder."""
+    draw_as = draw_npz if args.out.endswith(".npz") else draw_folder
+    draw_as(sit, vae, args, device, precision, settings)
+
+
 def output_path(args, sit_path):
-    """--out, or its default beside the SiT. Raises UserError if its ending does not fit."""
+    """--out, or its default beside the SiT. Raises UserError if it fits neither grid nor set."""
     out = args.out
     if not out:
         folder = sit_path if os.path.isdir(sit_path) else os.path.dirname(sit_path)
         out = os.path.join(folder, "samples.npz" if args.num else "grid.png")
-    ending = ".npz" if args.num else ".png"
-    if not out.endswith(ending):
+    if not args.num and not out.endswith(".png"):
         raise UserError(
-            f"--out {out}: a set (--num) is a .npz file, a grid (--classes, --n) a .png"
+            f"--out {out}: a grid (--classes, --n) is a .png file; for a set give --num"
+        )
+    if args.num and (out.endswith(".png") or (os.path.isfile(out) and not out.endswith(".npz"))):
+        raise UserError(
+            f"--out {out}: a set (--num) is an .npz file or a folder; for a grid leave out --num"
         )
     return out
 

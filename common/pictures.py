@@ -354,8 +354,8 @@ class ImageSet:
     holds pictures directly (one class).
 
     names: bytes (N,), relative to root, sorted. labels: int64 (N,), indices into classes.
-    classes: list of folder names; those that are all numbers are sorted by number. smallest: the
-    shortest side of any picture, in pixels. bad: indices of pictures that cannot be read.
+    classes: list of folder names; those that are all numbers are sorted by number. smallest,
+    largest: of the pictures' shorter sides, in pixels. bad: indices of those that cannot be read.
     fingerprint: hash of the files' names, sizes, and first and last few KiB.
 
     check_data: every picture is decoded once, before it is used.
@@ -453,6 +453,7 @@ class ImageSet:
         readable = table["sides"] > 0
         self.bad = set(np.flatnonzero(~readable).tolist())
         self.smallest = int(table["sides"][readable].min())
+        self.largest = int(table["sides"][readable].max())
         self.fingerprint = fingerprint_of(files, table["states"][:, 0], table["checksums"])
         self.left_out = left_out
 

@@ -715,7 +715,58 @@ def test_a_folders_pictures_are_cut_to_the_samples_side(net, tmp_path):
     for i, image in enumerate(images):
         cropped = np.array(adm_crop(Image.open(tmp_path / f"{i}.png"), 32))
         assert torch.equal(image, torch.from_numpy(cropped).permute(2, 0, 1))
-    assert fid.Pictures(str(tmp_path)).size == 64
+
+
+@pytest.fixture
+def sizes(inside):
+    """The folders big/ of 64 pixels and mixed/, with a thumbnail of 16 in it, and the same pictures
+    as big.npz and, of 32 pixels, as small.npz."""
+    rng = np.random.default_rng(6)
+    arrays = np.stack([smooth(rng, 64, 64) for _ in range(4)])
+    for folder in ("big", "mixed"):
+        os.mkdir(folder)
+        for i, array in enumerate(arrays):
+            Image.fromarray(array).save(f"{folder}/{i}.png")
+    Image.fromarray(arrays[0]).resize((16, 16)).save("mixed/thumb.png")
+    np.savez("big.npz", arr_0=arrays)
+    np.savez("small.npz", arr_0=np.ascontiguousarray(arrays[:, ::2, ::2]))
+    return inside
+
+
+def test_sets_of_several_sizes_are_refused(sizes):
+    """One thumbnail would bring all the pictures to its size."""
+    message = r"mixed holds pictures of several sizes, .* from 16 to 64 pixels; say with --size"
+    with pytest.raises(UserError, match=message):
+        fid.Pictures("mixed")
+    pictures = fid.Pictures("mixed", size=64)
+    assert pictures.size == 64
+    assert pictures.record["shorter sides"] == [16, 64]
+    assert fid.Pictures("big").record["shorter sides"] == [64, 64]
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (
+            ("mixed", "--size", 64, "--ref", "big"),
+            "note: some pictures of mixed are enlarged to 64",
+        ),
+        (("small.npz", "--ref", "big.npz"), "warning: big.npz has pictures of 64 pixels"),
+        (("small.npz", "--ref", "big"), "note: pictures of big are reduced to 32 pixels"),
+        (("big.npz", "--ref", "mixed"), "note: some pictures of mixed are enlarged to 64"),
+        (("big.npz", "--ref", "big"), None),
+    ],
+)
+def test_other_sizes_are_said(words, said, sizes, capsys, monkeypatch):
+    """Stands for Inception: a network that only averages colours."""
+    net = TwoColours()
+    net.about = {"name": "stub", "weights": "0" * 64, "published": False}
+    monkeypatch.setattr(fid, "feature_network", lambda args, count, device: net)
+    script(fid, *words, "--workers", 0, "--pr-images", 0, "--out", "result.json")
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line for line in lines if line.startswith(("note", "warning"))]
+    assert len(notes) == (0 if said is None else 1)
+    assert said is None or notes[0].startswith(said)
 
 
 def test_a_set_as_adm_writes_it(folders, inside):

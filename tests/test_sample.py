@@ -4,16 +4,21 @@ as folders. The networks have random weights.
     python -m pytest tests/test_sample.py
 """
 
+import json
+import os
+import pathlib
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import fid
 import sample
 import train_sit
-from common.files import write_weights
+from common.files import UserError, write_weights
 from conftest import SIT, refused, script
 from models import VAE, SiT
-
-CPU = torch.device("cpu")
 
 
 def write_sit(folder, **info):
@@ -139,3 +144,102 @@ def test_training_says_whether_it_trains_the_null_label(networks, pictures, caps
     assert sample.load_sit("without").info["null_label_trained"] is False
     script(train_sit, *words, "--out", "with")
     assert sample.load_sit("with").info["null_label_trained"] is True
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets as folders
+
+WORDS = ["--sit", "sit", "--vae", "vae", "--steps", 3, "--cfg", 1, "--precision", "fp32"]
+WORDS += ["--num", 10, "--batch-size", 4, "--seed", 2]
+
+
+def pictures_in(folder):
+    """{path below the folder: pixels, uint8 (H,W,3)}."""
+    return {
+        str(path.relative_to(folder)): np.asarray(Image.open(path))
+        for path in pathlib.Path(folder).rglob("*.png")
+    }
+
+
+def test_a_folder_holds_the_pictures_of_the_npz(networks, capsys):
+    script(sample, *WORDS, "--out", "set.npz")
+    script(sample, *WORDS, "--out", "set")
+    found = pictures_in("set")
+    names = ["ant", "bee", "cat"]
+    assert set(found) == {f"{names[i % 3]}/{i:06d}.png" for i in range(10)}
+    with np.load("set.npz") as file:
+        for path, pixels in found.items():
+            assert np.array_equal(pixels, file["arr_0"][int(path[4:10])])
+        settings = json.loads(str(file["settings"]))
+    recorded = json.loads(pathlib.Path("set/settings.json").read_text())
+    recorded.pop("provenance")
+    settings.pop("provenance")
+    assert recorded == settings
+    # A folder that fid.py reads records where it is from.
+    assert fid.Pictures("set").record["settings"]["sit_step"] == 3
+
+    capsys.readouterr()
+    script(sample, *WORDS, "--out", "set")
+    assert "set already has its 10 pictures" in capsys.readouterr().out
+
+
+def test_an_interrupted_folder_is_completed(networks, monkeypatch, capsys):
+    script(sample, *WORDS, "--out", "whole")
+    draw = sample.draw
+    drawn = []
+
+    def interrupted_in_the_second_batch(net, vae, ids, *rest):
+        drawn.append(ids.tolist())
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(net, vae, ids, *rest)
+
+    monkeypatch.setattr(sample, "draw", interrupted_in_the_second_batch)
+    with pytest.raises(SystemExit):
+        script(sample, *WORDS, "--out", "set")
+    with pytest.raises(UserError, match="set has 4 of the 10 pictures"):
+        fid.Pictures("set")
+    os.remove("set/bee/000001.png")
+    script(sample, *WORDS, "--out", "set")
+    assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    whole = pictures_in("whole")
+    again = pictures_in("set")
+    assert whole.keys() == again.keys()
+    assert all(np.array_equal(whole[path], again[path]) for path in whole)
+
+
+def test_folders_are_not_mixed(networks, capsys):
+    script(sample, *WORDS, "--out", "set")
+    message = refused(capsys, sample, *WORDS, "--out", "set", "--seed", 3)
+    assert "seed was 2 and is now 3" in message
+    before = pictures_in("set")
+    script(sample, *WORDS, "--out", "set", "--seed", 3, "--num", 3, "--overwrite")
+    after = pictures_in("set")
+    assert set(after) == {"ant/000000.png", "bee/000001.png", "cat/000002.png"}
+    assert not np.array_equal(after["ant/000000.png"], before["ant/000000.png"])
+
+    os.mkdir("mine")
+    pathlib.Path("mine/000000.png").write_text("not a set of ours")
+    for words in ([], ["--overwrite"]):
+        message = refused(capsys, sample, *WORDS, "--out", "mine", *words)
+        assert "mine holds files that are not a set of ours, such as '000000.png'" in message
+    assert pathlib.Path("mine/000000.png").read_text() == "not a set of ours"
+    assert "a set (--num) is an .npz file or a folder" in refused(
+        capsys, sample, *WORDS, "--out", "set.png"
+    )
+
+
+@pytest.mark.parametrize(
+    "classes", [[], ["ant"], ["..", "bee", "cat"], ["a/b", "bee", "cat"], ["ant", "ant", "cat"]]
+)
+def test_classes_that_are_no_names_of_folders_are_numbers(classes, networks):
+    sit = sample.load_sit(write_sit(networks, classes=classes))
+    assert sample.class_folders(sit) == ["0", "1", "2"]
+
+
+def test_preview_grids_are_no_samples(inside):
+    os.makedirs("runs/sit/samples")
+    pathlib.Path("runs/sit/metrics.jsonl").write_text("")
+    for folder in ("runs/sit/samples", "runs/sit"):
+        with pytest.raises(UserError, match="grids to look at; draw a set"):
+            fid.Pictures(folder)
