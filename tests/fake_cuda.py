@@ -166,19 +166,22 @@ class FakeCuda(FakeTensorMode):
             self.calls[str(function), str(first.dtype)] += 1
         if function is aten._local_scalar_dense.default:
             return self.number(first, on_gpu)
-        if function is aten.nonzero.default and isinstance(first, FakeTensor):
+        if function is aten.nonzero.default:
             self.wait("nonzero")
             return first.new_zeros((first.numel(), first.ndim), dtype=torch.long)
-        if function in INDEXING and any(is_mask(index) for index in args[1]):
-            self.wait("a mask")
+        if function in INDEXING:
             args = (args[0], [self.chosen(index) for index in args[1]], *args[2:])
-        if function is aten._to_copy.default and kwargs.get("device") is not None:
-            target = torch.device(kwargs["device"]).type
-            if on_gpu and target == "cpu":
-                self.wait("a copy to the host")
-            if not on_gpu and target == "cuda" and not kwargs.get("non_blocking"):
-                self.wait("a blocking copy to the GPU")
+        if function is aten._to_copy.default:
+            self.watch_copy(on_gpu, **kwargs)
         return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def watch_copy(self, from_gpu, device=None, non_blocking=False, **_):
+        """Before a copy, to `device` if it is not None."""
+        to_gpu = from_gpu if device is None else torch.device(device).type == "cuda"
+        if from_gpu and not to_gpu:
+            self.wait("a copy to the host")
+        if to_gpu and not from_gpu and not non_blocking:
+            self.wait("a blocking copy to the GPU")
 
     def number(self, tensor, on_gpu):
         """What the host gets for a scalar tensor."""
@@ -197,8 +200,9 @@ class FakeCuda(FakeTensorMode):
     def chosen(self, index):
         """A mask (N,) as the indices that it stands for: all, but none after twenty masks, so that
         loops over what is left come to an end."""
-        if not is_mask(index):
+        if not (isinstance(index, FakeTensor) and index.dtype == torch.bool):
             return index
+        self.wait("a mask")
         self.masks += 1
         return index.new_zeros(len(index) if self.masks <= 20 else 0, dtype=torch.long)
 
@@ -218,10 +222,6 @@ class FakeCuda(FakeTensorMode):
 
 
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
-
-
-def is_mask(index):
-    return isinstance(index, FakeTensor) and index.dtype == torch.bool
 
 
 def to_numpy(tensor, *_, **__):
