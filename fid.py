@@ -31,6 +31,7 @@ from torch import nn
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
+from common.archives import holds_pictures
 from common.draws import epoch_order
 from common.files import (
     UserError,
@@ -620,7 +621,7 @@ class Pictures:
     def __init__(self, path, num=None, size=None, batch_size=16, arrays=None):
         self.path = path
         self.batch_size = batch_size
-        self.folder = os.path.isdir(path)
+        self.folder = holds_pictures(path)
         if self.folder:
             refuse_run_folder(path)
             self.set = ImageSet(path)
@@ -823,13 +824,14 @@ def check_inception_statistics(path, statistics):
 def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=None):
     """Statistics of a reference, and a record of where they come from.
 
-    path: a folder, or an .npz with statistics of Inception's features, pictures, or both.
+    path: what ImageSet takes, or an .npz with statistics of Inception's features, pictures, or
+        both.
     size, num, batch_size: as for Pictures. keep: as for collect.
     Raises UserError if neither statistics nor enough pictures are there.
     """
     arrays = None
     given = {}
-    if not os.path.isdir(path):
+    if not holds_pictures(path):
         arrays = ArraySet(path)
         if size is not None:
             say_other_sizes(path, arrays, size)

@@ -73,7 +73,11 @@ def add_training_flags(
     defaults; `fid` and `fid_ref` are what the help calls the measure of --fid-every and its default
     reference."""
     group = parser.add_argument_group("pictures and vision model")
-    group.add_argument("--data", default="data/imagenet/train", help="folder of <class>/<picture>")
+    group.add_argument(
+        "--data",
+        default="data/imagenet/train",
+        help="folder of <class>/<picture>, or a .zip or .tar file and more: see docs/images.md",
+    )
     group.add_argument(
         "--check-data",
         action="store_true",

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import io
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,18 @@ import torch
 from PIL import Image, features
 from tqdm import tqdm
 
+from common.archives import (
+    IMAGENET_NAME,
+    TAKEN,
+    Place,
+    containers_of,
+    find_archive,
+    kaggle_folders,
+    list_archive,
+    read_place,
+)
 from common.contents import (
+    NO_FILE,
     edge_checksum,
     file_state,
     fingerprint_of,
@@ -114,19 +126,28 @@ def check_open_picture(file, tail, decode):
     return size
 
 
-def examine_picture(path, decode=False):
+def examine_picture(source, decode=False):
     """-> (edge_checksum of a file, what check_open_picture says of it); the checksum of a file that
-    cannot be opened is 0."""
-    if not os.path.isfile(path):
-        if os.path.islink(path):
+    cannot be opened is 0. source: a path, or a Place in an archive."""
+    if not isinstance(source, Place) and not os.path.isfile(source):
+        if os.path.islink(source):
             return 0, "it is a broken link"
         return 0, "it is not a regular file"
     try:
-        with open(path, "rb") as file:
-            head, tail = read_edges(file, os.fstat(file.fileno()).st_size)
+        with open_source(source) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            head, tail = read_edges(file, size)
             return edge_checksum(head, tail), check_open_picture(file, tail, decode)
-    except OSError as error:
+    except Exception as error:  # A damaged archive raises others than OSError.
         return 0, first_line(error)
+
+
+def open_source(source):
+    """A path, or a Place in an archive -> the file there, open to be read."""
+    if isinstance(source, Place):
+        return io.BytesIO(read_place(source))
+    return open(source, "rb")
 
 
 def check_picture(path, decode=False):
@@ -174,6 +195,46 @@ def list_files(root):
         class_folders,
         dict(left_out.most_common()),
     )
+
+
+# What is kept of the N pictures in an archive between starts, see common.contents.read_table.
+ARCHIVE_COLUMNS = {
+    "names": ("S", ()),  # in the folder that is asked for
+    "places": ("i", (5,)),  # see common.archives.Archive
+}
+
+
+def list_members(root):
+    """Lists the archive, or the folder in one, that find_archive finds at `root`. The list is kept
+    until the archive changes.
+
+    -> Listing; int64 (N,5), see common.archives.Archive; [(path, time of modification)] of the
+    container files; sentences about how the content was understood"""
+    archive, inner = find_archive(root)
+    paths = containers_of(archive)
+    states = [file_state(os.stat(path)) for path in paths]
+    current = [[path, *state] for path, state in zip(paths, states, strict=True)]
+    table_file = table_path(root, "archive")
+    kept = read_table(table_file, ARCHIVE_COLUMNS)
+    if kept is not None and kept[0].get("containers") == current:
+        header, table = kept
+    else:
+        found = list_archive(archive, inner, IMAGE_TYPES, HIDDEN)
+        header = {"containers": current, "left_out": found.left_out, "notes": found.notes}
+        order = sorted(range(len(found.names)), key=found.names.__getitem__)
+        names = [os.fsencode(found.names[i]) for i in order]
+        table = {"names": np.array(names, "S"), "places": found.places[order]}
+        if rank() == 0:
+            write_table(table_file, header, table)
+    files = [os.fsdecode(name).replace("/", os.sep) for name in table["names"]]
+    places = table["places"]
+    member_states = np.array(states, np.int64)[places[:, 0]]
+    # A picture's own size, and the times of its container.
+    member_states[:, 0] = places[:, 3]
+    folders = sorted({class_name(file) for file in files} - {"."})
+    listing = Listing(files, member_states, folders, header["left_out"])
+    containers = [(path, state[1]) for path, state in zip(paths, states, strict=True)]
+    return listing, places, containers, header["notes"]
 
 
 def list_folder(root, folder):
@@ -302,16 +363,15 @@ def describe_left_out(left_out):
     return words
 
 
-def examine_pictures(paths, decode):
-    """examine_picture of every path, in order, by several threads or processes. decode: whether to
-    decode it, a bool for each path."""
-    many = len(paths) > 5000
+def examine_pictures(sources, decode):
+    """Yields examine_picture of every source, in order, from several threads or processes. decode:
+    whether to decode it, a bool for each source."""
+    many = len(sources) > 5000
     # Processes check faster than threads, but they take a while to start.
     executor = ProcessPoolExecutor if many else ThreadPoolExecutor
     with executor(min(16, available_cores())) as pool:
-        results = pool.map(examine_picture, paths, decode, chunksize=100)
-        bar = tqdm(results, "checking pictures", len(paths), disable=not many, leave=False)
-        return list(bar)
+        results = pool.map(examine_picture, sources, decode, chunksize=100)
+        yield from tqdm(results, "checking pictures", len(sources), disable=not many, leave=False)
 
 
 def refuse_unreadable(root, files, problems, skip_bad):
@@ -349,6 +409,10 @@ COLUMNS = {
 }
 
 
+# Seconds between two times that a check of many files keeps what it has found so far.
+KEEP_EVERY = 60
+
+
 class ImageSet:
     """The pictures of a folder in ImageNet's layout, root/<class>/<picture>, or of a folder that
     holds pictures directly (one class).
@@ -369,12 +433,20 @@ class ImageSet:
         self.root = os.path.abspath(root)
         self.check_data = check_data
         self.skip_bad = skip_bad
-        if not os.path.isdir(root):
+        self.containers = None  # of an archive, and `places` in them: see list_members
+        self.places = None
+        self.notes = []
+        self.is_archive = find_archive(self.root) is not None
+        if not self.is_archive and not os.path.isdir(root):
             raise UserError(
-                f"{root}: no such folder; give one laid out as <class>/<picture> with --data "
-                "(`python demo.py` makes a small one under runs/demo)"
+                f"{root}: no such folder or file; give with --data {TAKEN} (`python demo.py` makes "
+                "a small folder under runs/demo)"
             )
-        self.table_file = table_path(root, "pictures")
+        for folder in kaggle_folders():
+            if os.path.isdir(os.path.join(self.root, folder)):
+                self.root = os.path.join(self.root, folder)
+                self.notes.append(f"the training pictures in {folder} are taken")
+        self.table_file = table_path(self.root, "pictures")
         # The first process examines the files while the others wait. These do the same themselves
         # only if they cannot read what the first has kept, as on another node without a common
         # file system.
@@ -392,14 +464,25 @@ class ImageSet:
         if kept is None:
             return False
         header, table = kept
+        if "unfinished" in header:
+            return False
         files = [os.fsdecode(name) for name in table["names"]]
+        if self.is_archive and self.list_pictures().files != files:
+            return False
         self.take(files, table, header["left_out"])
         return True
+
+    def list_pictures(self):
+        """-> Listing of the folder or the archive."""
+        if not self.is_archive:
+            return list_files(self.root)
+        listing, self.places, self.containers, self.notes = list_members(self.root)
+        return listing
 
     def examine(self):
         """Lists the files, checks those that are new or have changed since an earlier start, and
         keeps what is found."""
-        listing = list_files(self.root)
+        listing = self.list_pictures()
         files = listing.files
         refuse_odd_layout(self.root, listing)
         names = np.array([os.fsencode(file) for file in files])
@@ -416,19 +499,44 @@ class ImageSet:
             todo = self.take_over(kept[1], table)
         problems = {}
         if len(todo):
-            paths = [os.path.join(self.root, files[i]) for i in todo]
-            decode = table["decoded"][todo].tolist()
-            for i, found in zip(todo, examine_pictures(paths, decode), strict=True):
-                table["checksums"][i], result = found
-                if isinstance(result, str):
-                    problems[int(i)] = result
-                else:
-                    table["sides"][i] = min(result)
+            self.names = names
+            problems = self.fill(table, todo)
         refuse_unreadable(self.root, files, problems, self.skip_bad)
         self.take(files, table, listing.left_out)
         header = {"left_out": listing.left_out}
         if not is_same_table(kept, header, table):
             write_table(self.table_file, header, table)
+
+    def fill(self, table, todo):
+        """Examines the files with the indices `todo`, and writes what is found into their rows of a
+        table. What is finished is kept now and then, for a start after a kill.
+
+        -> {index of a file that cannot be read: what is wrong with it}"""
+        problems = {}
+        unfinished = np.full(len(table["names"]), False)
+        unfinished[todo] = True
+        sources = [self.source(i) for i in todo]
+        decode = table["decoded"][todo].tolist()
+        last_time = time.monotonic()
+        for i, found in zip(todo, examine_pictures(sources, decode), strict=True):
+            table["checksums"][i], result = found
+            if isinstance(result, str):
+                problems[int(i)] = result
+            else:
+                table["sides"][i] = min(result)
+            unfinished[i] = False
+            if time.monotonic() > last_time + KEEP_EVERY:
+                self.keep_unfinished(table, unfinished)
+                last_time = time.monotonic()
+        if problems:
+            self.keep_unfinished(table, unfinished)
+        return problems
+
+    def keep_unfinished(self, table, unfinished):
+        """Keeps a table for a later start, but for the rows that a bool (N,) marks."""
+        if rank() == 0:
+            states = np.where(unfinished[:, None], NO_FILE, table["states"])
+            write_table(self.table_file, {"unfinished": True}, dict(table, states=states))
 
     def take_over(self, kept, table):
         """Fills a table with what an earlier start kept. -> indices of the files to examine: those
@@ -446,6 +554,9 @@ class ImageSet:
     def take(self, files, table, left_out):
         """Makes a table, whose names are `files`, the content of this set."""
         class_names = [class_name(file) for file in files]
+        if set(class_names) == {"."} and all(IMAGENET_NAME.match(file) for file in files):
+            class_names = [IMAGENET_NAME.match(file)[1] for file in files]
+            self.notes = [*self.notes, "the classes are what the names of the pictures begin with"]
         self.classes = sort_classes(set(class_names))
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([label_of[name] for name in class_names], np.int64)
@@ -469,6 +580,8 @@ class ImageSet:
 
     def describe_oddities(self):
         """Says what a user may not know of this folder."""
+        for note in self.notes:
+            say(f"note: {self.root}: {note}")
         if self.left_out:
             say(f"note: {self.root}{describe_left_out(self.left_out).replace(';', ':', 1)}")
         if len(self.classes) == 1 and all(name.count(os.sep.encode()) > 1 for name in self.names):
@@ -487,8 +600,15 @@ class ImageSet:
         return len(self.names)
 
     def path(self, i):
-        """-> path of picture i."""
+        """-> path of picture i; in an archive, that of the archive and the name in it."""
         return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+    def source(self, i):
+        """-> where load_image finds picture i: its path, or its Place in an archive."""
+        if self.places is None:
+            return self.path(i)
+        container, *place = self.places[i].tolist()
+        return Place(os.fsdecode(self.names[i]), *self.containers[container], *place)
 
     def load(self, i, size):
         """-> uint8 (size,size,3): picture i.
@@ -499,7 +619,7 @@ class ImageSet:
         while True:
             if j not in self.bad:
                 try:
-                    return load_image(self.path(j), size)
+                    return load_image(self.source(j), size)
                 except UserError as error:
                     if not self.skip_bad:
                         raise
@@ -555,15 +675,15 @@ def adm_crop(image, size):
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def load_image(path, size):
-    """File -> uint8 (size,size,3), or a UserError that names the file.
+def load_image(source, size):
+    """A path, or a Place in an archive -> uint8 (size,size,3), or a UserError that names the file.
 
     EXIF rotation is ignored, as in ADM's loader. The first frame of an animation is taken."""
     try:
-        with open_picture(path) as image:
+        with open_source(source) as file, open_picture(file) as image:
             return adm_crop(to_rgb(image), size)
     except Exception as error:  # Pillow's decoders raise a dozen types.
-        name = os.fsdecode(path)
+        name = str(source) if isinstance(source, Place) else os.fsdecode(source)
         raise UserError(f"cannot read the picture {name!r}: {first_line(error)}") from None
 
 

@@ -14,6 +14,7 @@ import os
 import numpy as np
 import torch
 
+from common.archives import Place
 from common.files import UserError
 from common.pictures import IMAGE_TYPES, ImageSet, load_image
 
@@ -38,15 +39,18 @@ class Benchmark:
     features are found by it.
     about: what result.json records."""
 
-    def __init__(self, name, folder, names, split, targets, attributes, args):
+    def __init__(self, name, folder, names, split, targets, attributes, args, sources=None):
         """names, split (N,), targets (N,A) or (N,): all annotated pictures in any order, with 0, 1
-        or 2 for training, validation or test.
+        or 2 for training, validation or test. sources: where load_image finds them, if not at
+        folder/name.
 
         Of the training pictures, a choice of at most args.train_images is kept, which depends on
         args.seed alone. Raises UserError if a picture is absent, unless args.skip_missing is set,
         and if a split is empty."""
         split = np.array(split)
-        sizes = file_sizes(folder, names)
+        if sources is None:
+            sources = [os.path.join(folder, name) for name in names]
+        sizes = file_sizes(sources)
         missing = np.flatnonzero(sizes < 0)
         if len(missing) > 0 and not args.skip_missing:
             raise UserError(
@@ -71,6 +75,7 @@ class Benchmark:
         self.name = name
         self.folder = folder
         self.names = [names[i] for i in order]
+        self.sources = [sources[i] for i in order]
         self.parts = [
             slice(0, training_end),
             slice(training_end, validation_end),
@@ -93,18 +98,19 @@ class Benchmark:
 
     def load(self, indices, size):
         """Indices of n pictures -> uint8 (n,3,size,size)."""
-        paths = [os.path.join(self.folder, self.names[i]) for i in indices]
-        pictures = np.stack([load_image(path, size) for path in paths])  # (n,size,size,3)
+        pictures = np.stack([load_image(self.sources[i], size) for i in indices])  # (n,size,size,3)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
-def file_sizes(folder, names):
-    """Sizes in bytes, int64 (N,), of the files folder/name; -1 for a file that is absent."""
-    sizes = np.full(len(names), -1)
-    for i, name in enumerate(names):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            sizes[i] = os.path.getsize(path)
+def file_sizes(sources):
+    """Sizes in bytes, int64 (N,), of files, given by their paths or Places; -1 for a file that is
+    absent."""
+    sizes = np.full(len(sources), -1)
+    for i, source in enumerate(sources):
+        if isinstance(source, Place):
+            sizes[i] = source.size
+        elif os.path.isfile(source):
+            sizes[i] = os.path.getsize(source)
     return sizes
 
 
@@ -389,8 +395,11 @@ def read_class_attributes(path, classes, attributes):
 
 def read_classes(root, args):
     """Classes from <root>/train/<class>/<picture>, with val/ or else test/ as the test split; or
-    from <root>/<class>/<picture>, with a seeded fifth as the test split."""
-    sets = [ImageSet(first_of(root, "train", "."))]
+    from <root>/<class>/<picture> or an archive, with a seeded fifth as the test split."""
+    training = root
+    if os.path.isdir(os.path.join(root, "train")):
+        training = os.path.join(root, "train")
+    sets = [ImageSet(training)]
     for part in ("val", "test"):
         folder = os.path.join(root, part)
         if len(sets) == 1 and os.path.isdir(folder):
@@ -407,12 +416,14 @@ def read_classes(root, args):
     if len(sets) == 2:
         is_test = np.arange(len(labels)) >= len(sets[0])
     names = []
+    sources = []
     for pictures in sets:
         subfolder = os.path.relpath(pictures.root, root)
         names += [os.path.join(subfolder, os.fsdecode(name)) for name in pictures.names]
+        sources += map(pictures.source, range(len(pictures)))
     name = f"{os.path.basename(root)} classes"
     split = seeded_split(labels, is_test, args.seed)
-    return Benchmark(name, root, names, split, labels, classes, args)
+    return Benchmark(name, root, names, split, labels, classes, args, sources)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -47,6 +48,7 @@ import models
 import probe
 import sample
 import train_sit
+from common.archives import Place, list_archive
 from common.files import UserError, write_json, write_weights
 from common.pictures import ImageSet, TrainingBatches, check_picture, load_image
 from common.runs import load_checkpoint, mark_done, resumable_array, save_checkpoint
@@ -664,6 +666,42 @@ def make_pictures():
     image.save("deflate.tif", compression="tiff_adobe_deflate")
 
 
+def make_archives():
+    """A zip file, stored and deflated, a tar of a tar, and a webdataset's tar with labels."""
+    data = []
+    for i in range(3):
+        buffer = io.BytesIO()
+        smooth_picture(i).save(buffer, "PNG")
+        data.append(buffer.getvalue())
+    with zipfile.ZipFile("tree.zip", "w") as archive:
+        archive.writestr("a/0.png", data[0])
+        archive.writestr("b/1.png", data[1], zipfile.ZIP_DEFLATED)
+        archive.writestr("dataset.json", json.dumps({"labels": [["a/0.png", 3], ["b/1.png", 1]]}))
+    write_tar("inner.tar", {"0.png": data[0], "1.png": data[1]})
+    with open("inner.tar", "rb") as file:
+        write_tar("outer.tar", {"a.tar": file.read(), "b/2.png": data[2]})
+    os.remove("inner.tar")
+    write_tar("labels.tar", {"0.png": data[0], "0.cls": b"7", "1.png": data[1], "1.cls": b"4"})
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def read_archive(path):
+    archive = list_archive(path, "", (".png",), ())
+    pictures = []
+    for name, place in zip(archive.names, archive.places.tolist(), strict=True):
+        # Each mutation is another file of the same name.
+        source = Place(name, path, time.monotonic_ns(), *place[1:])
+        pictures.append(load_image(source, 8))
+    return dict(names=archive.names, left_out=archive.left_out, pictures=pictures)
+
+
 def read_picture(path):
     """As a run reads it: the check first and then, if it finds nothing, the pixels."""
     found = check_picture(path)
@@ -717,6 +755,7 @@ TARGETS = {
     "deepfashion": Target(make_deepfashion, read_attributes, 3),
     "png": Target(make_png, read_picture, 16, exact=True, takes_path=True),
     "pictures": Target(make_pictures, read_picture, 20, takes_path=True),
+    "archives": Target(make_archives, read_archive, 8, takes_path=True),
 }
 
 

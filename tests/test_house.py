@@ -102,6 +102,7 @@ def test_functions_are_simple():
 
 COMMON = [
     "common.files",
+    "common.archives",
     "common.draws",
     "common.processes",
     "common.contents",
@@ -127,6 +128,7 @@ BASE = ["models", *COMMON]
 EVERYTHING = [*BASE, *CALLS, "demo", "probing", "study", "bench", "tools"]
 MAY_IMPORT = {
     "common.files": [],
+    "common.archives": ["common.files"],
     "common.draws": [],
     "common.processes": ["common.files"],
     "common.contents": ["common.files", "common.processes"],
@@ -136,6 +138,7 @@ MAY_IMPORT = {
         "common.draws",
         "common.processes",
         "common.contents",
+        "common.archives",
     ],
     "common.training": ["common.files", "common.processes", "common.flags"],
     "common.runs": [
