@@ -8,6 +8,7 @@ Images are in [-1,1], latents x are normalised by the VAE's statistics, and time
 
     python train_sit.py --size B --steps 100000                # on the newest VAE under runs/
     python train_sit.py --repa 0                               # no vision model
+    python train_sit.py --init runs/sit --data my_pictures     # fine-tune a SiT, ours or published
     torchrun --nproc_per_node=8 train_sit.py --vae runs/vae    # the paper's run: XL, 80 epochs
 
 Latents (mean and std of the posterior, fp16, of each picture and its mirror image) are computed
@@ -19,6 +20,7 @@ samples/. Rerun a command to resume it.
 import argparse
 import copy
 import functools
+import json
 import math
 import os
 from typing import NamedTuple
@@ -30,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.draws import normal, uniform
-from common.files import UserError
+from common.files import UserError, load_strictly, reading, write_json
 from common.flags import (
     add_training_flags,
     parse_flags,
@@ -54,6 +56,7 @@ from common.processes import (
     sync_gradients,
     world,
 )
+from common.published import NO_STATISTICS, SIT_FORMATS
 from common.runs import (
     RunLog,
     Saver,
@@ -76,12 +79,12 @@ from common.training import (
     set_learning_rate,
     weighted_sum,
 )
-from common.weights import load_vae
+from common.weights import load_sit, load_vae
 from models import VFM, SiT
 from sample import draw, set_labels
 
 # The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
-FREE = {"vae", "cache", "preview_n", "preview_steps", "preview_cfg"}
+FREE = {"vae", "init", "sit_format", "cache", "preview_n", "preview_steps", "preview_cfg"}
 
 
 def parse_arguments(argv=None):
@@ -96,6 +99,17 @@ def parse_arguments(argv=None):
     group.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
 
     group = parser.add_argument_group("SiT")
+    group.add_argument(
+        "--init",
+        help="a SiT to start from: file, run folder or hf:<owner>/<repository>/<file>; its "
+        "architecture counts instead of --size",
+    )
+    group.add_argument(
+        "--sit-format",
+        choices=SIT_FORMATS,
+        default="auto",
+        help="convention of time and sign of a published --init: the original SiT's, or REPA's",
+    )
     group.add_argument("--size", choices=["S", "B", "L", "XL"], default="XL")
     group.add_argument("--patch", type=int, help="default: 16 / the VAE's factor, at least 1")
     group.add_argument("--depth", type=int, help="instead of the size's")
@@ -289,6 +303,38 @@ def cache_folder(vae, data, args, precision):
     return os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
 
 
+# So many latents give the mean and std of all.
+STATISTICS_COUNT = 10000
+
+
+def measure_statistics(vae, folder):
+    """Sets the statistics of a VAE whose file has none: mean and std of samples of the posterior,
+    over the cached latents of up to 10,000 pictures. They are measured once, on the first process,
+    and kept in the cache, folder/statistics.json."""
+    path = os.path.join(folder, "statistics.json")
+    if rank() == 0 and not os.path.exists(path):
+        latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+        count = min(len(latents), STATISTICS_COUNT)
+        total = np.zeros(vae.channels)
+        total_of_squares = np.zeros(vae.channels)
+        for i in np.linspace(0, len(latents) - 1, count).astype(int):
+            mean, std = latents[i, 0].astype(np.float64)  # (C,h,w) each, of the picture itself
+            total += mean.mean((1, 2))
+            total_of_squares += (mean**2 + std**2).mean((1, 2))
+        mean = total / count
+        std = np.sqrt(np.maximum(total_of_squares / count - mean**2, 1e-12))
+        write_json(path, dict(mean=mean.tolist(), std=std.tolist(), pictures=count))
+    barrier()
+    with reading(path, "statistics of latents; remove it"), open(path) as file:
+        statistics = json.load(file)
+        vae.set_statistics(statistics["mean"], statistics["std"])
+    say(
+        f"note: {vae.info['path']} has no statistics of its latents: measured over "
+        f"{statistics['pictures']} pictures, std {vae.latent_std.min():.3g} to "
+        f"{vae.latent_std.max():.3g}; kept in {path} and in the SiT's file"
+    )
+
+
 def encode_block(vae, x, device, precision):
     """Images (b,3,H,W) -> NumPy fp16 (b,2,C,h,w), mean and std of the posterior. Raises a UserError
     where they leave fp16's range."""
@@ -373,7 +419,7 @@ def sample_fid(args, vae, device, precision):
     return lambda sit: measure(samples(sit), args.fid_num)
 
 
-def published_weights(parts, config, step, data, args, log):
+def published_weights(parts, config, vae, step, data, args, log):
     """What Saver.save publishes, {file name: (kind, state, config, info)}: EMA and raw weights."""
     info = dict(
         arguments=vars(args),
@@ -383,6 +429,10 @@ def published_weights(parts, config, step, data, args, log):
         null_label_trained=args.label_dropout > 0,
         vae_hash=args.vae_hash,
         vae_path=args.vae,
+        # Those of the VAE's file, measured ones, or those of --init.
+        latent_mean=vae.latent_mean.tolist(),
+        latent_std=vae.latent_std.tolist(),
+        latent_decode_std=None if vae.decode_std is None else vae.decode_std.tolist(),
     )
     return {
         "sit.safetensors": ("sit", parts["ema"].state_dict(), config, info),
@@ -397,27 +447,99 @@ def published_weights(parts, config, step, data, args, log):
 def build_networks(args, vae, num_classes, device):
     """The SiT for these latents, and the vision model where REPA needs it. The global random
     generator is for initial weights only; all other draws are common.draws'."""
-    patch = args.patch or max(1, 16 // vae.factor)
+    # Another network to start from is another setting, which `resume` refuses.
+    args.init_hash = None
+    start = None
+    if args.init:
+        start = load_start(args, vae)
+    config = sit_config(args, vae, num_classes, start)
     vfm = None
     if args.repa:
-        grid = vae.latent_size // patch
+        grid = vae.latent_size // config["patch"]
         vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, grid, args.vfm_stride).to(device)
+        config["vfm_dim"] = vfm.dim
     torch.manual_seed(args.seed)
-    net = SiT(
-        args.size,
-        patch,
-        vae.channels,
-        vae.latent_size,
-        num_classes,
-        None if vfm is None else vfm.dim,
-        args.repa_block,
-        args.depth,
-        args.width,
-        args.heads,
-    ).to(device)
+    net = SiT(**config)
+    if start is not None:
+        start_from(net, start, args.init)
+    net = net.to(device)
     net.grad_checkpoint = args.grad_checkpoint
     latent_shape = (vae.channels, vae.latent_size, vae.latent_size)
     return Networks(net, vae, vfm, net.num_classes, latent_shape)
+
+
+def sit_config(args, vae, num_classes, start):
+    """The arguments of models.SiT, but for vfm_dim. start: the SiT of --init, whose architecture
+    counts, or None."""
+    config = dict(
+        size=args.size,
+        patch=args.patch or max(1, 16 // vae.factor),
+        channels=vae.channels,
+        latent_size=vae.latent_size,
+        num_classes=num_classes,
+        repa_block=args.repa_block,
+        depth=args.depth,
+        width=args.width,
+        heads=args.heads,
+    )
+    if start is None:
+        return config
+    for name in ("patch", "depth", "width", "heads"):
+        asked = getattr(args, name)
+        if asked not in (None, start.config[name]):
+            raise UserError(
+                f"--{name} {asked}: the SiT of --init {args.init} has {start.config[name]}; leave "
+                f"out --{name}, or train without --init"
+            )
+        config[name] = start.config[name]
+    return config
+
+
+def load_start(args, vae):
+    """The SiT of --init, EMA weights. The statistics that it normalises latents by become the
+    VAE's, if this is the VAE that it was trained on. Raises UserError if it cannot take the VAE's
+    latents."""
+    start = load_sit(args.init, form=args.sit_format)
+    args.init_hash = start.info["hash"]
+    if start.channels != vae.channels:
+        raise UserError(
+            f"--init {args.init} needs latents of {start.channels} channels, but {args.vae} has "
+            f"{vae.channels}; name another with --vae"
+        )
+    if start.info["vae_hash"] is None:
+        # A published SiT names no VAE. One of ours is not the one that it was trained on.
+        is_same_vae = "format" in vae.info
+    else:
+        is_same_vae = start.info["vae_hash"] == vae.info["hash"]
+    if not is_same_vae:
+        say(f"note: --init {args.init} was trained on the latents of another VAE than {args.vae}")
+    elif start.info.get("latent_mean"):
+        decode_std = start.info.get("latent_decode_std")
+        vae.set_statistics(start.info["latent_mean"], start.info["latent_std"], decode_std)
+    return start
+
+
+def start_from(net, start, path):
+    """Copies the weights of the SiT `start`, loaded from `path`, into net, and prints what begins
+    anew: the table of labels for another number of classes, the positions for another size of
+    latents, and REPA's projector for other tokens or another block."""
+    anew = {}
+    if net.num_classes != start.num_classes:
+        classes = f"{net.num_classes} classes instead of {start.num_classes}"
+        anew["y_embedder."] = f"the table of labels ({classes})"
+    if net.grid != start.grid:
+        anew["pos_embed"] = (
+            f"the positions ({net.grid}x{net.grid} tokens, not {start.grid}x{start.grid})"
+        )
+    wanted = [net.config[name] for name in ("vfm_dim", "repa_block")]
+    if net.projectors and wanted != [start.config[name] for name in ("vfm_dim", "repa_block")]:
+        anew["projectors."] = "REPA's projector"
+    state = net.state_dict()
+    for name, value in start.state_dict().items():
+        if name in state and not name.startswith(tuple(anew)):
+            state[name] = value
+    load_strictly(net, state, path)
+    say(f"start     from {path}; new: {', '.join(anew.values()) or 'nothing'}")
 
 
 def compiled_and_parallel(networks, args, device):
@@ -448,7 +570,10 @@ def load_data(args, device, precision):
         f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; "
         f"VAE {args.vae}, hash {args.vae_hash}"
     )
-    return vae, data, LatentCache(cache_latents(vae, data, args, device, precision))
+    folder = cache_latents(vae, data, args, device, precision)
+    if vae.info.get("latent_statistics") == NO_STATISTICS:
+        measure_statistics(vae, folder)
+    return vae, data, LatentCache(folder)
 
 
 def main():
@@ -509,7 +634,7 @@ def main():
         if save_due:
             guard.check(args, newest_checkpoint, final=step == total)
         if save_due and guard.good:
-            weights = published_weights(parts, net.config, step, data, args, log)
+            weights = published_weights(parts, net.config, vae, step, data, args, log)
             saver.save(step, weights, training_state(parts, step, args, log))
 
         # Done?

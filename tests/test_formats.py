@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 
 import diffusers
 import huggingface_hub
@@ -19,11 +20,13 @@ from safetensors.torch import save_file
 
 import models
 import sample
+import train_sit
 import train_vae
 from common import published
 from common.files import UserError, write_weights
+from common.pictures import ImageSet, from_uint8
 from common.weights import load_sit, load_vae
-from conftest import script
+from conftest import refused, script
 from tools import weights
 
 SMALL = {
@@ -896,6 +899,102 @@ def test_train_vae_starts_from_a_published_vae_and_discriminator(ldm_vae, pictur
     words += " --batch-size 4 --steps 1 --lr 0 --workers 0"
     script(train_vae, *words.split(), "--data", pictures)
     assert_same_weights(load_vae("runs/vae").state_dict(), own_weights(ldm_vae))
+
+
+# One step of stage 2 that changes nothing, without a vision model.
+STAGE_2 = shlex.split(
+    "--repa 0 --no-flip --batch-size 8 --workers 0 --preview-n 1 --preview-steps 2 --steps 1 --lr 0"
+    " --ema 0 --precision fp32 --vae vae"
+)
+
+
+def test_stage_2_measures_statistics_that_a_vae_lacks(pictures, inside, capsys):
+    """Latents of std 6, as VA-VAE's have about 5, were trained on as they are: a flow loss of 37
+    instead of 2."""
+    torch.manual_seed(0)
+    vae = models.VAE("f4d8", 32, 32, (1, 1, 1), 1, groups=32)
+    with torch.no_grad():
+        vae.quant_conv.weight[:8] *= 60
+        vae.quant_conv.bias[:8] += 3
+    weights.export_vae(vae, "diffusers", "vae")
+    assert load_vae("vae").info["latent_statistics"] == published.NO_STATISTICS
+    words = [*STAGE_2, "--data", pictures, "--depth", 1, "--width", 64, "--heads", 1]
+    script(train_sit, *words)
+    assert "measured over 24 pictures" in capsys.readouterr().out
+
+    data = ImageSet(pictures)
+    with torch.no_grad():
+        mean, logvar = vae.encode(from_uint8(data.stack(np.arange(24), 32)))  # (24,8,8,8)
+    samples = torch.distributions.Normal(mean, (logvar / 2).exp()).sample((50,))
+    std, expected_mean = torch.std_mean(samples, (0, 1, 3, 4))
+    assert std.min() > 2
+    _, pair_vae = sample.load_pair("runs/sit", None, "cpu")
+    torch.testing.assert_close(pair_vae.latent_std, std, rtol=0.02, atol=0)
+    torch.testing.assert_close(pair_vae.latent_mean, expected_mean, rtol=0.02, atol=0.05)
+    with open("runs/sit/metrics.jsonl") as file:
+        # The untrained SiT predicts zero, so the loss is the variance of noise and latents.
+        assert json.loads(file.readline())["flow"] == pytest.approx(2, abs=0.3)
+
+    # Kept with the cache, they are read there, and damage is a sentence.
+    (kept,) = inside.glob("vae/latents-*/statistics.json")
+    kept.write_text(json.dumps(dict(mean=[0] * 8, std=[7] * 8, pictures=24)))
+    script(train_sit, *words, "--out", "runs/other")
+    assert load_sit("runs/other").info["latent_std"] == [7] * 8
+    kept.write_text("{")
+    assert "statistics.json cannot be read" in refused(capsys, train_sit, *words, "--overwrite")
+
+
+def test_stage_2_starts_from_a_published_sit_of_other_classes(pictures, inside, capsys):
+    _, state = original_sit()  # of three classes
+    torch.save(state, "SiT.pt")
+    vae = small_vae("f8d4")
+    weights.export_vae(vae, "diffusers", "vae")
+    script(train_sit, *STAGE_2, "--data", pictures, "--init", "SiT.pt")
+    out = capsys.readouterr().out
+    assert "new: the table of labels (2 classes instead of 3)" in out
+    started = load_sit("runs/sit")
+    expected = load_sit("SiT.pt")
+    assert started.num_classes == 2
+    for name, value in expected.state_dict().items():
+        if not name.startswith("y_embedder"):
+            assert torch.equal(started.state_dict()[name], value), name
+    assert started.info["latent_std"] == pytest.approx([1 / 0.18215] * 4)
+    assert started.info["null_label_trained"]
+
+    # From a SiT of ours, of the same classes, everything is taken over.
+    words = [*STAGE_2, "--data", pictures, "--init", "runs/sit", "--out", "runs/tuned"]
+    script(train_sit, *words)
+    assert "start     from runs/sit; new: nothing" in capsys.readouterr().out
+    assert_same_weights(load_sit("runs/tuned").state_dict(), started.state_dict())
+    script(train_sit, *words)
+    assert "has its 1 steps already" in capsys.readouterr().out
+    sentence = refused(capsys, train_sit, *words, "--depth", 3, "--out", "runs/deep")
+    assert "--depth 3: the SiT of --init runs/sit has 2" in sentence
+
+
+@pytest.mark.parametrize("change", [dict(vfm_dim=16), dict(vfm_dim=24, repa_block=2), dict()])
+def test_what_begins_anew_when_a_sit_is_the_start(change, capsys):
+    torch.manual_seed(0)
+    config = dict(size="S", patch=1, channels=4, latent_size=4, num_classes=3, depth=2, width=64)
+    config |= dict(heads=1, vfm_dim=24, repa_block=1)
+    start = models.SiT(**config)
+    net = models.SiT(**config | dict(latent_size=6) | change)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    train_sit.start_from(net, start, "x.pt")
+    out = capsys.readouterr().out
+    assert "the positions (6x6 tokens, not 4x4)" in out
+    assert ("REPA's projector" in out) == bool(change)
+    for name, value in net.state_dict().items():
+        is_new = name == "pos_embed" or (change and name.startswith("projectors."))
+        assert torch.equal(value, before[name] if is_new else start.state_dict()[name]), name
+
+
+def test_a_start_that_does_not_fit_the_latents(pictures, inside, capsys):
+    models_sit = models.SiT("S", 1, 32, 4, num_classes=3, depth=1, width=64, heads=1)
+    torch.save(models_sit.state_dict(), "SiT.pt")
+    weights.export_vae(small_vae("f8d4"), "diffusers", "vae")
+    sentence = refused(capsys, train_sit, *STAGE_2, "--data", pictures, "--init", "SiT.pt")
+    assert "--init SiT.pt needs latents of 32 channels, but vae has 4" in sentence
 
 
 # --------------------------------------------------------------------------------------------------
