@@ -434,7 +434,7 @@ def fit_linear_probe(
     val_x,
     val_y,
     strengths=STRENGTHS,
-    iterations=300,
+    iterations=5000,
     tolerance=1e-8,
     device="cpu",
 ):

@@ -374,7 +374,7 @@ def draw_grid(sit, vae, args, device, precision):
         ids = torch.arange(len(classes) * args.n, device=device)
         labels = torch.tensor(classes, device=device).repeat_interleave(args.n)
         size = min(args.batch_size, len(ids))
-        batches = zip(ids.split(size), labels.split(size), strict=True)
+        batches = list(zip(ids.split(size), labels.split(size), strict=True))
         pictures = torch.cat(
             [
                 draw_batch(sit, vae, batch_ids, batch_labels, args, precision, size)

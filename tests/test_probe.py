@@ -29,7 +29,7 @@ from conftest import PLAIN_VAE, refused, script, torchrun
 from probing import benchmarks, editing, latent_shape, multilabel
 from probing.benchmarks import read_benchmarks
 from probing.correlation import correlate, report
-from tools.pictures import draw_pictures
+from tools.pictures import ATTRIBUTES, SHAPES, draw_picture, draw_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +280,22 @@ def test_a_fit_to_features_in_bf16(monkeypatch):
     ours = probe.fit_linear_probe(x[:3000], y[:3000], x[3000:4000], y[3000:4000])
     theirs = scikit_learn_scores(x[:3000], y[:3000], x[4000:], ours.strength)
     assert_f1_agrees(ours.scores(x[4000:]), theirs, y[4000:])
+
+
+def test_slow_fits_converge():
+    """Attributes that can be told apart and a weak penalty: 660 steps for the slowest."""
+    features = []
+    targets = []
+    for number, shape in enumerate(SHAPES):
+        for i in range(100):
+            picture, present = draw_picture(shape, 8, np.random.default_rng([number, i]))
+            features.append(picture.ravel() / 255)
+            targets.append([attribute in present for attribute in ATTRIBUTES])
+    x = np.array(features, np.float32)
+    y = np.array(targets, np.int8)
+    fit = probe.fit_linear_probe(x, y, x, y, [1e-5])
+    assert fit.info["iterations"] > 300
+    assert fit.info["unconverged"] == 0
 
 
 def test_a_fit_is_converged_and_repeats():
