@@ -23,7 +23,7 @@ import torch
 
 from common.flags import parse_flags
 from common.pictures import ImageSet, from_uint8, save_grid, to_uint8
-from common.processes import available_cores, resolve_precision, run_main, setup
+from common.processes import available_cores, run_main, setup
 from common.weights import load_vae
 from tools import stand_in
 from tools.pictures import draw_pictures
@@ -31,33 +31,43 @@ from tools.pictures import draw_pictures
 OUT = "runs/demo"
 LOG = f"{OUT}/log.txt"
 STAND_IN = f"{OUT}/stand_in.safetensors"
+JUDGE = f"{OUT}/judge.safetensors"
 
 # The two VAEs that are compared: name in paths, title.
 VAES = {"send": "Send-VAE", "plain": "no alignment"}
 
-# Pictures are 32 x 32; latents and the vision model's patch tokens are 8 x 8.
+# Pictures are 32 x 32, latents 8 x 8, and the vision model's patch tokens 4 x 4.
 SIZE = 32
 
-# A small VAE whose 8 x 8 latents have 8 channels (f4d8), and a mapper from each latent to a token.
-# Its perceptual and adversarial losses are off: their networks are larger than the VAE itself.
+# A small VAE with latents of 4 channels (f4d4), and a mapper from 2 x 2 latents to a token.
+# Most of a step's arithmetic is at full resolution, so its channels are few there. The perceptual
+# and adversarial losses are off: their networks are larger than the VAE itself. fp32 gives the same
+# pictures on every CPU, up to rounding; few CPUs are fast in bf16.
 # The stages use a GPU where there is one. Compilation, the default there, would take longer than
 # the training of networks as small as these.
-VAE_FLAGS = f"""--resolution {SIZE} --spec f4d8 --ch 32 --ch-mult 1 1 2 --num-res-blocks 1
-    --recon l1 --lpips 0 --gan 0 --mapper-patch 1 --mapper-width 128 --mapper-hidden 256
-    --batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup 50 --ema 0.98
-    --stats-images 2000 --val-images 400 --workers 1 --no-compile"""
+VAE_FLAGS = f"""--resolution {SIZE} --spec f4d4 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1
+    --recon l1 --lpips 0 --gan 0 --mapper-patch 2 --mapper-width 128 --mapper-hidden 256
+    --steps 1000 --batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup 50 --ema 0.98
+    --stats-images 2000 --val-images 400 --precision fp32 --workers 1 --no-compile"""
 
 # A small SiT without REPA, so that the two SiTs differ in nothing but their latents.
 SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip
-    --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup 50 --ema 0.995
-    --sample-every 2400 --workers 1 --no-compile"""
+    --steps 2000 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup 50 --ema 0.995
+    --preview-n 2 --preview-steps 20 --precision fp32 --workers 1 --no-compile"""
 
 # 40 steps of the ODE, with guidance all the way from noise to data.
 SAMPLE_FLAGS = """--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 4 --interval 0 1
-    --no-compile"""
+    --precision fp32 --no-compile"""
 
-# Training steps of the VAE and of the SiT that fit into ten minutes, with and without fast bf16.
-STEPS = {"bf16": (1000, 5600), "fp32": (600, 2400)}
+
+# What each chapter takes on 2 cores with AVX2.
+SECONDS = {
+    "Pictures": 4,
+    "Vision model and judge": 20,
+    "Stage 1, the VAEs": 100,
+    "Stage 2, the SiTs": 100,
+    "Samples": 20,
+}
 
 
 def parse_arguments():
@@ -80,47 +90,48 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    start = time.time()
-    vae_steps, sit_steps = STEPS[resolve_precision("auto", setup())]
+    setup("cpu")
+    clock = Clock()
 
-    train, val = prepare_pictures(args)
+    train, val = prepare_pictures(args, clock)
     train_set = ImageSet(train)
     val_set = ImageSet(val)
-    vfm_flags = prepare_vision_model(args, train_set, val_set)
-    train_vaes(train, val, vfm_flags, vae_steps)
-    train_sits(train, sit_steps)
-    draw_samples()
+    vfm_flags = prepare_networks(args, train_set, val_set, clock)
+    train_vaes(train, val, vfm_flags, clock)
+    train_sits(train, clock)
+    draw_samples(clock)
     save_picture(val_set, train_set.classes)
     print_table(train_set.classes)
 
-    print(f"\n{time.time() - start:.0f} s. Next: python sample.py --cfg 1.5")
+    print(f"\n{time.time() - clock.start:.0f} s. Next: python sample.py --cfg 1.5")
     print("For your own pictures see README.md")
 
 
-def prepare_pictures(args):
+def prepare_pictures(args, clock):
     """1. Pictures, in ImageNet's layout, <class>/<picture>. -> folders to train on and to test on.
 
     Each of ours shows an object: its shape is its class; its colour, texture, background and pose
     are attributes, which `python probe.py` predicts from the latents."""
-    print("\n1. Pictures", flush=True)
+    clock.chapter("Pictures")
     if args.data is not None:
         return args.data, args.data
     draw_pictures(f"{OUT}/pictures", SIZE)
     return f"{OUT}/pictures/train", f"{OUT}/pictures/val"
 
 
-def prepare_vision_model(args, train_set, val_set):
-    """2. The vision model whose patch tokens the mapper predicts. -> the flags that select it.
-
-    The stand-in is trained in any case, because it also judges the samples at the end."""
-    print("\n2. Vision model", flush=True)
-    if not os.path.exists(STAND_IN):
+def prepare_networks(args, train_set, val_set, clock):
+    """2. The vision model whose patch tokens the mapper predicts, and the judge, a classifier of
+    another architecture that no VAE is aligned to. -> the flags that select the vision model."""
+    clock.chapter("Vision model and judge")
+    if len(train_set.classes) > 1 and not os.path.exists(JUDGE):
+        stand_in.fit_judge(train_set, val_set, SIZE, JUDGE)
+    if args.vfm is None and not os.path.exists(STAND_IN):
         print(
             f"Nothing is downloaded: a stand-in ({stand_in.NAME}) is trained on these pictures.\n"
             "It knows nothing else; `--vfm NAME` takes a real model from the hub.",
             flush=True,
         )
-        stand_in.fit(train_set, val_set, SIZE, STAND_IN)
+        stand_in.fit(train_set, SIZE, STAND_IN)
     if args.vfm is None:
         return f"--vfm {stand_in.NAME} --vfm-weights {STAND_IN} --vfm-stride {stand_in.STRIDE}"
     flags = f"--vfm {shlex.quote(args.vfm)}"
@@ -131,29 +142,29 @@ def prepare_vision_model(args, train_set, val_set):
     return flags
 
 
-def train_vaes(train, val, vfm_flags, steps):
+def train_vaes(train, val, vfm_flags, clock):
     """3. Stage 1: two VAEs from scratch. The second differs in nothing but the alignment loss."""
-    print("\n3. Stage 1, the VAEs", flush=True)
-    data = f"--data {shlex.quote(train)} --val {shlex.quote(val)} --steps {steps}"
+    clock.chapter("Stage 1, the VAEs")
+    data = f"--data {shlex.quote(train)} --val {shlex.quote(val)}"
     run_side_by_side(
         f"train_vae.py {data} --out {OUT}/vae_send {vfm_flags} {VAE_FLAGS}",
         f"train_vae.py {data} --out {OUT}/vae_plain --align none {VAE_FLAGS}",
     )
 
 
-def train_sits(train, steps):
+def train_sits(train, clock):
     """4. Stage 2: the same SiT on the latents of each VAE."""
-    print("\n4. Stage 2, the SiTs", flush=True)
-    data = f"--data {shlex.quote(train)} --steps {steps}"
+    clock.chapter("Stage 2, the SiTs")
+    data = f"--data {shlex.quote(train)}"
     run_side_by_side(
         f"train_sit.py {data} --vae {OUT}/vae_send --out {OUT}/sit_send {SIT_FLAGS}",
         f"train_sit.py {data} --vae {OUT}/vae_plain --out {OUT}/sit_plain {SIT_FLAGS}",
     )
 
 
-def draw_samples():
+def draw_samples(clock):
     """5. A set of samples from each SiT, the classes equally often."""
-    print("\n5. Samples", flush=True)
+    clock.chapter("Samples")
     if all(os.path.exists(f"{OUT}/samples_{name}.npz") for name in VAES):
         print("The sets are complete.")
         return
@@ -172,18 +183,20 @@ def save_picture(val_set, classes):
         rows.append(reconstruct(f"{OUT}/vae_{name}", originals))
     for name in VAES:
         pictures, labels = load_samples(name)
-        rows += sample_rows(pictures, labels, len(classes))
+        shown = choose_samples(labels, len(classes))
+        rows += pictures[shown].view(6, 4, 2, *pictures.shape[1:]).transpose(0, 1).flatten(1, 2)
     save_grid(f"{OUT}/demo.png", rows)
+    names = ", ".join(classes[label] for label in labels[shown].unique().tolist())
     print(
         f"\n6. {OUT}/demo.png: originals; reconstructions of {VAES['send']} and of the VAE with "
-        f"{VAES['plain']};\nthen 4 rows of samples of each, two columns a class: "
-        f"{', '.join(classes[:6])}"
+        f"{VAES['plain']};\nthen 4 rows of samples of each, from left to right in the order of the "
+        f"classes: {names}"
     )
 
 
 def print_table(classes):
     """7. The numbers: what alignment costs (PSNR) and what it gives (recognisable samples)."""
-    title_of_share = "samples classified as their class by the stand-in"
+    title_of_share = "samples classified as their class by the judge"
     print(f"\n{'VAE':14} {'PSNR, dB':>9} {'1 - cosine':>11} {title_of_share:>51}")
     for name, title in VAES.items():
         psnr = last_measurement(f"{OUT}/vae_{name}", "val_psnr")
@@ -192,13 +205,36 @@ def print_table(classes):
         share = float("nan")
         if len(classes) > 1:
             pictures, labels = load_samples(name)
-            share = stand_in.accuracy(STAND_IN, pictures, labels, len(classes))
+            share = stand_in.accuracy(JUDGE, pictures, labels, len(classes))
         print(f"{title:14} {psnr:9.2f} {align_text:>11} {share:51.1%}")
-    print("\nSend-VAE was aligned to the stand-in, so the stand-in's judgement is not impartial.")
+    print("\nThe judge was trained on the classes of the pictures. No VAE was aligned to it.")
 
 
 # --------------------------------------------------------------------------------------------------
 # Running commands, and reading what they write
+
+
+class Clock:
+    """Says at each chapter how long is left in all."""
+
+    def __init__(self):
+        self.start = time.time()
+        self.begun = self.start
+        self.title = None
+        self.slowness = 1.0  # against the machine of SECONDS
+
+    def chapter(self, title):
+        """Prints the chapter's heading. The time that is left is that of SECONDS, corrected by how
+        long the last chapter took, unless a rerun found it done."""
+        now = time.time()
+        if self.title is not None and now - self.begun > SECONDS[self.title] / 4:
+            self.slowness = (now - self.begun) / SECONDS[self.title]
+        self.title = title
+        self.begun = now
+        titles = list(SECONDS)
+        number = titles.index(title)
+        left = self.slowness * sum(SECONDS[other] for other in titles[number:])
+        print(f"\n{number + 1}. {title}; about {left:.0f} s are left in all", flush=True)
 
 
 def run_side_by_side(*commands):
@@ -251,16 +287,18 @@ def load_samples(name):
     return pictures, labels
 
 
-def sample_rows(pictures, labels, classes):
-    """-> 4 rows of 12 pictures, uint8 (12,3,32,32): class j fills the columns 2j and 2j+1."""
-    rows = []
-    for k in range(4):
-        columns = []
-        for column_pair in range(6):
-            of_class = pictures[labels == column_pair % classes]
-            columns += [of_class[2 * k], of_class[2 * k + 1]]
-        rows.append(torch.stack(columns))
-    return rows
+def choose_samples(labels, classes, count=48):
+    """Labels (N,) of a set with the classes equally often -> the indices of `count` samples, in
+    the order of their classes, the same number of each as far as the set and `count` allow.
+
+    With six classes these are the first eight of each; with more than the set has room for eight
+    of, more classes are shown with fewer samples."""
+    per_class = -(-count // classes)
+    per_class = max(per_class, 8)
+    chosen = []
+    for label in range(classes):
+        chosen += (labels == label).nonzero()[:per_class, 0].tolist()
+    return chosen[:count]
 
 
 def last_measurement(folder, key):

@@ -24,8 +24,8 @@ def circle(radius):
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-# Corners (N,2) of each shape when it is upright: x to the right, y down, reaching about 1 from the
-# centre. The ring's hole is cut out in draw_mask.
+# Corners (N,2) of each shape: x to the right, y down, reaching about 1 from the centre. The
+# ring's hole is cut out in draw_mask.
 ARROW = [(-1, -0.3), (0.05, -0.3), (0.05, -0.85), (1.05, 0), (0.05, 0.85), (0.05, 0.3), (-1, 0.3)]
 CROSS_RIGHT = [(0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1)]
 CROSS_LEFT = [(-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33), (-0.33, -1)]
@@ -46,8 +46,8 @@ COLOURS = {
     "Magenta": (205, 50, 185),
 }
 TEXTURES = ["Solid", "Striped"]
-BACKGROUNDS = ["Plain_Background", "Gradient_Background"]
-POSES = ["Large", "Left", "Top", "Tilted"]
+BACKGROUNDS = ["Dark_Background", "Light_Background"]
+POSES = ["Large", "Left", "Top"]
 ATTRIBUTES = [
     *(shape.capitalize() for shape in SHAPES),
     *COLOURS,
@@ -72,17 +72,15 @@ def pixel_centres(count):
     return (np.arange(count) + 0.5) * 32 / count
 
 
-def draw_mask(shape, size, radius, angle, centre):
+def draw_mask(shape, size, radius, centre):
     """-> PIL image in mode L, four times `size` a side: 255 inside the object, 0 outside."""
     scale = OVERSAMPLING * size / 32
-    cos = math.cos(angle)
-    sin = math.sin(angle)
     parts = [(SHAPES[shape], 255)]
     if shape == "ring":
         parts.append((SHAPES["disc"] / 2, 0))
     mask = Image.new("L", (OVERSAMPLING * size, OVERSAMPLING * size))
     for corners, value in parts:
-        corners = (corners @ [(cos, sin), (-sin, cos)] * radius + centre) * scale
+        corners = (corners * radius + centre) * scale
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=value)
     return mask
 
@@ -92,35 +90,17 @@ def coverage(mask):
     return np.asarray(mask.reduce(OVERSAMPLING))[..., None] / 255
 
 
-def muted(rng, low, high):
-    """-> (3,) in 0..255, a greyish colour whose brightest channel is between low and high."""
-    grey = rng.uniform(low, high)
-    return grey * (1 - rng.uniform(0, 0.3) * rng.permutation([0, rng.random(), 1]))
+def background_colour(dark, rng):
+    """-> (3,) in 0..255, a greyish colour, dark or light."""
+    grey = rng.uniform(40, 80) if dark else rng.uniform(190, 230)
+    return grey * (1 - 0.1 * rng.random(3))
 
 
-def draw_background(background, dark, size, rng):
-    """-> (size,size,3) in 0..255, of one muted colour or a gradient between two of them."""
-    low, high = (25, 95) if dark else (175, 245)
-    first = second = muted(rng, low, high)
-    mix = np.zeros((size, size))
-    if background == "Gradient_Background":
-        first = muted(rng, low, low + 15)
-        second = muted(rng, high - 15, high)
-        direction = rng.uniform(0, 2 * math.pi)
-        x = pixel_centres(size)  # (size,)
-        y = x[:, None]  # (size,1)
-        mix = 0.5 + ((x - 16) * math.cos(direction) + (y - 16) * math.sin(direction)) / 40
-    mix = mix.clip(0, 1)[..., None]  # (size,size,1)
-    return first * (1 - mix) + second * mix
-
-
-def stripes(size, angle, centre):
-    """-> bool (4*size,4*size): every other band, 3 wide, of those that cross an object tilted by
-    `angle` around `centre`."""
-    x = pixel_centres(OVERSAMPLING * size)
-    y = x[:, None]
-    across = (y - centre[1]) * math.cos(angle) - (x - centre[0]) * math.sin(angle)
-    return across % 6 < 3
+def stripes(size, centre):
+    """-> bool (4*size,1), by row: every other band, 4 wide, of those that cross an object whose
+    centre (2,) is at x, y."""
+    y = pixel_centres(OVERSAMPLING * size)
+    return ((y - centre[1]) % 8 < 4)[:, None]
 
 
 def draw_picture(shape, size, rng):
@@ -129,32 +109,28 @@ def draw_picture(shape, size, rng):
     The calls of `rng` and their order make the data set what it is."""
     colour_name = choose(COLOURS, rng)
     texture = choose(TEXTURES, rng)
-    background = choose(BACKGROUNDS, rng)
-    large, left, top, tilted = rng.random(4) < 0.5
-    # Nobody could see that a disc or a ring is tilted.
-    tilted = tilted and shape not in ("disc", "ring")
+    # The background is dark or light, but always dark behind the bright colours.
+    dark = colour_name in ("Yellow", "Cyan") or rng.random() < 0.5
+    background = "Dark_Background" if dark else "Light_Background"
+    large, left, top = rng.random(3) < 0.5
     names = {shape.capitalize(), colour_name, texture, background}
-    for name, present in zip(POSES, (large, left, top, tilted), strict=True):
+    for name, present in zip(POSES, (large, left, top), strict=True):
         if present:
             names.add(name)
 
     # Few poses, with a little play around each: a SiT learns these in minutes, but not an object
-    # anywhere, of any size, turned by any angle. At 90 degrees a square would look upright again.
-    radius = rng.uniform(12.5, 13.5) if large else rng.uniform(10, 11)
+    # anywhere, of any size, turned by any angle.
+    radius = rng.uniform(12.5, 13) if large else rng.uniform(10, 10.5)
     centre = 16 + rng.uniform(1.5, 2, 2) * np.where([left, top], -1, 1)  # (2,): x, y
-    angle = math.radians(rng.uniform(22, 28) if tilted else rng.uniform(-3, 3))
 
-    # The background is dark or light, but always dark behind the bright colours.
-    dark = colour_name in ("Yellow", "Cyan") or rng.random() < 0.5
-    picture = draw_background(background, dark, size, rng)
-
+    picture = np.tile(background_colour(dark, rng), (size, size, 1))
     # Stripes are in a paler or a darker tone of the object's colour, away from the background's.
     colour = np.array(COLOURS[colour_name], float)
-    mask = draw_mask(shape, size, radius, angle, centre)
+    mask = draw_mask(shape, size, radius, centre)
     picture += coverage(mask) * (colour - picture)
     if texture == "Striped":
         tone = colour * 0.3 + 255 * 0.7 if dark else colour * 0.35
-        striped = Image.fromarray(np.asarray(mask) * stripes(size, angle, centre))
+        striped = Image.fromarray(np.asarray(mask) * stripes(size, centre))
         picture += coverage(striped) * (tone - colour)
     return picture.round().clip(0, 255).astype(np.uint8), names
 

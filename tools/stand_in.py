@@ -1,5 +1,5 @@
-"""The demo's stand-in for a vision foundation model: a small timm network, trained on the demo's
-pictures because nothing is downloaded."""
+"""The demo's small vision networks, trained on the demo's own pictures because nothing is
+downloaded: the stand-in for a vision foundation model, and the judge of the samples."""
 
 import math
 import os
@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from common.files import writing
 from common.pictures import from_uint8
 
-# A tiny CNN of timm. Its feature map at stride 8 of a 64 x 64 picture is the grid of patch tokens.
+# A tiny CNN of timm. Its feature map at stride 8 is the grid of patch tokens, 4 x 4 of a 32 x 32
+# picture.
 NAME = "test_resnet"
 STRIDE = 8
-INPUT_SIZE = 64
+
+# The judge is another network from another start, and no VAE is aligned to it.
+JUDGE = "test_byobnet"
 
 # --------------------------------------------------------------------------------------------------
-# Data and network
+# Data and networks
 
 
 def load_all(data, size):
@@ -39,20 +43,37 @@ def load_all(data, size):
     return pictures, torch.tensor([values_of[name] for name in names])
 
 
-def build(classes):
-    """-> timm model, the index of the feature map that serves as tokens, and its width D."""
+def build(name, classes):
+    """-> timm model without weights, in the memory format that is faster on a CPU."""
     import timm
 
-    model = timm.create_model(NAME, pretrained=False, num_classes=classes)
+    model = timm.create_model(name, pretrained=False, num_classes=classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+def save(model, path):
+    """Writes a model's weights under timm's own names."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with writing(path) as file:
+        save_file(state, file.name)
+
+
+def as_input(pictures):
+    """Pictures, uint8 (B,3,S,S) -> what the networks take, values in [-1,1]."""
+    return from_uint8(pictures).contiguous(memory_format=torch.channels_last)
+
+
+def token_layer(model):
+    """-> the index of the feature map that serves as patch tokens, and its width D."""
     layer = [f["reduction"] for f in model.feature_info].index(STRIDE)
-    return model, layer, model.feature_info[layer]["num_chs"]
+    return layer, model.feature_info[layer]["num_chs"]
 
 
-def forward(model, layer, pictures):
+def features(model, layer, pictures):
     """Pictures, uint8 (B,3,S,S) -> features of the last layer (B,E), mean patch token (B,D)."""
-    # The network takes values in [-1,1], as from_uint8 gives them.
-    x = F.interpolate(from_uint8(pictures), (INPUT_SIZE, INPUT_SIZE), mode="bicubic")
-    x, [tokens] = model.forward_intermediates(x, indices=[layer], norm=False, output_fmt="NCHW")
+    x, [tokens] = model.forward_intermediates(
+        as_input(pictures), indices=[layer], norm=False, output_fmt="NCHW"
+    )
     return model.forward_head(x, pre_logits=True), tokens.mean((2, 3))
 
 
@@ -71,15 +92,33 @@ def prediction_loss(predicted, labels, attributes):
     return loss
 
 
-def fit(train, val, size, path, steps=300, batch=64, peak=4e-3):
-    """Trains the stand-in on the ImageSet `train` and writes its weights under timm's own names.
+def train(title, modules, loss_of, count, steps, batch, peak):
+    """Trains modules for `steps` steps with AdamW, a warm-up and a cosine.
+
+    loss_of(indices (b,) of a batch) -> scalar. count: of the pictures. peak: the highest learning
+    rate. title: names the network on the terminal."""
+    parameters = list(nn.ModuleList(modules).parameters())
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, fused=True)
+    epochs = steps * batch // count + 1
+    order = torch.cat([torch.randperm(count) for _ in range(epochs)])
+    for step in tqdm(range(steps), title, unit="step", mininterval=1):
+        warmup = (step + 1) / 60
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = peak * min(warmup, cosine)
+        loss = loss_of(order[step * batch : (step + 1) * batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def fit(data, size, path, steps=400, batch=64, peak=4e-3):
+    """Trains the stand-in on an ImageSet and writes its weights under timm's own names.
 
     It learns to predict classes and attributes, from its mean patch token too, so that the tokens
-    hold what pictures differ in. With one class and no attributes it predicts quarter turns. The
-    share of the ImageSet `val` that it classifies correctly is printed."""
-    pictures, attributes = load_all(train, size)
-    labels = torch.from_numpy(train.labels)
-    classes = len(train.classes)
+    hold what pictures differ in. With one class and no attributes it predicts quarter turns."""
+    pictures, attributes = load_all(data, size)
+    labels = torch.from_numpy(data.labels)
+    classes = len(data.classes)
     if classes == 1 and attributes.shape[1] == 0:
         labels = torch.arange(4).repeat_interleave(len(pictures))
         pictures = torch.cat([pictures.rot90(k, (2, 3)) for k in range(4)])
@@ -87,48 +126,46 @@ def fit(train, val, size, path, steps=300, batch=64, peak=4e-3):
         attributes = torch.zeros(len(pictures), 0)
 
     torch.manual_seed(0)
-    model, layer, width = build(classes)
+    model = build(NAME, classes).train()
+    layer, width = token_layer(model)
     outputs = classes + attributes.shape[1]
     pooled_head = nn.Linear(model.head_hidden_size, outputs)
     token_head = nn.Linear(width, outputs)
-    parameters = [*model.parameters(), *pooled_head.parameters(), *token_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, fused=True)
-    epochs = steps * batch // len(pictures) + 1
-    order = torch.cat([torch.randperm(len(pictures)) for _ in range(epochs)])
 
-    model.train()
-    for step in range(steps):
-        warmup = (step + 1) / 60
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = peak * min(warmup, cosine)
-        index = order[step * batch : (step + 1) * batch]
-        pooled, token = forward(model, layer, pictures[index])
+    def loss_of(index):
+        pooled, token = features(model, layer, pictures[index])
         loss = F.cross_entropy(model.get_classifier()(pooled), labels[index])
         loss = loss + prediction_loss(pooled_head(pooled), labels[index], attributes[index])
-        loss = loss + prediction_loss(token_head(token), labels[index], attributes[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(
-                f"stand-in {NAME}: step {step + 1} of {steps}, loss {loss.item():.3f}", flush=True
-            )
+        return loss + prediction_loss(token_head(token), labels[index], attributes[index])
 
-    with writing(path) as file:
-        save_file(model.state_dict(), file.name)
-    share = accuracy(path, val.stack(range(len(val)), size), torch.from_numpy(val.labels), classes)
-    print(f"stand-in: classifies {share:.1%} of the {len(val)} pictures in {val.root} correctly")
+    modules = [model, pooled_head, token_head]
+    train(f"stand-in {NAME}", modules, loss_of, len(pictures), steps, batch, peak)
+    save(model, path)
+
+
+def fit_judge(data, held_out, size, path, steps=300, batch=64, peak=4e-3):
+    """Trains the judge on the classes of an ImageSet, and writes its weights. The share of the
+    ImageSet `held_out` that it classifies correctly is printed."""
+    pictures = data.stack(range(len(data)), size)
+    labels = torch.from_numpy(data.labels)
+    torch.manual_seed(1)
+    model = build(JUDGE, len(data.classes)).train()
+
+    def loss_of(index):
+        return F.cross_entropy(model(as_input(pictures[index])), labels[index])
+
+    train(f"judge {JUDGE}", [model], loss_of, len(pictures), steps, batch, peak)
+    save(model, path)
+    originals = held_out.stack(range(len(held_out)), size)
+    share = accuracy(path, originals, torch.from_numpy(held_out.labels), len(data.classes))
+    print(f"judge: classifies {share:.1%} of the {len(held_out)} pictures in {held_out.root} right")
 
 
 @torch.no_grad()
 def accuracy(path, pictures, labels, classes):
-    """Share of pictures, uint8 (N,3,S,S), that the stand-in classifies as their labels (N,)."""
-    model, layer, _ = build(classes)
+    """Share of pictures, uint8 (N,3,S,S), that the judge classifies as their labels (N,)."""
+    model = build(JUDGE, classes)
     model.load_state_dict(load_file(path))
     model.eval()
-    logits = []
-    for part in pictures.split(256):
-        pooled, _ = forward(model, layer, part)
-        logits.append(model.get_classifier()(pooled))
-    predicted = torch.cat(logits).argmax(1)
-    return (predicted == labels).float().mean().item()
+    logits = torch.cat([model(as_input(part)) for part in pictures.split(256)])
+    return (logits.argmax(1) == labels).float().mean().item()
