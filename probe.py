@@ -838,4 +838,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "lower --train-images, or pass --device cpu")

@@ -69,6 +69,7 @@ from common.runs import (
     training_state,
 )
 from common.training import (
+    FOR_LESS_MEMORY,
     Guard,
     add_mean,
     build_optimizer,
@@ -77,6 +78,7 @@ from common.training import (
     learning_rate,
     passes,
     set_learning_rate,
+    settle_passes,
     weighted_sum,
 )
 from common.weights import load_sit, load_vae
@@ -234,19 +236,26 @@ def drop_labels(y, u, share, null_label):
     return torch.where(u < share, null_label, y)
 
 
+def backward_pass(networks, part, step, args, precision, last):
+    """A forward and a backward pass on a part of this process's share of a batch; in the last pass
+    of a step, gradients are averaged over the processes. Returns the loss terms, {term: scalar}.
+    """
+    device = part["position"].device
+    with autocast(device, precision), sync_gradients((networks.net,), last):
+        losses = sit_losses(networks, part, step, args)
+        loss = weighted_sum(losses, args) / args.accum
+        loss.backward()
+    return losses
+
+
 def train_step(networks, batch, step, args, precision, guard):
     """One step on this process's share of the batch: --accum passes, then the optimiser. Returns
     the mean of each loss term over the passes and the norm of the gradient, {term: scalar}.
     """
-    device = batch["position"].device
     means = {}
     for i, part in enumerate(passes(batch, args.accum)):
         last = i == args.accum - 1
-        trained = (networks.net,)
-        with autocast(device, precision), sync_gradients(trained, last):
-            losses = sit_losses(networks, part, step, args)
-            loss = weighted_sum(losses, args) / args.accum
-            loss.backward()
+        losses = backward_pass(networks, part, step, args, precision, last)
         add_mean(means, losses, args.accum)
     grad_norm = guard.step(means, step)
     return dict(means, grad_norm=grad_norm)
@@ -605,11 +614,15 @@ def main():
     # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
     networks = compiled_and_parallel(plain, args, device)
     measurements = build_measurements(args, vae, device, precision)
-    log = RunLog(args, running, start, total, steps_per_epoch)
     image_size = vae.resolution if args.repa else None
     batches = TrainingBatches(
         data, args.batch_size, args.seed, image_size, args.flip, extra=latents.read
     )
+    trial = functools.partial(
+        backward_pass, networks, step=total, args=args, precision=precision, last=False
+    )
+    settle_passes(args, device, lambda: batches[start], trial, net, optimizer)
+    log = RunLog(args, running, start, total, steps_per_epoch)
     stream = iter(load_batches(batches, range(start, total), args.workers, device))
     watch = Watch(args.timeout)
     saver = Saver(args.out, args.keep_every)
@@ -659,4 +672,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, FOR_LESS_MEMORY)

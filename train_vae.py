@@ -53,6 +53,7 @@ from common.processes import (
 from common.published import load_discriminator
 from common.runs import RunLog, Saver, newest_checkpoint, resume, training_state
 from common.training import (
+    FOR_LESS_MEMORY,
     Guard,
     add_mean,
     build_optimizer,
@@ -61,6 +62,7 @@ from common.training import (
     learning_rate,
     passes,
     set_learning_rate,
+    settle_passes,
     weighted_sum,
 )
 from common.weights import load_vae
@@ -350,19 +352,26 @@ class Projection(nn.Conv2d):
         return super().forward(z).flatten(2).mT
 
 
+def backward_pass(networks, part, step, args, precision, last):
+    """A forward and a backward pass on a part of this process's share of a batch; in the last pass
+    of a step, gradients are averaged over the processes. Returns the loss terms, {term: scalar}.
+    """
+    device = part["position"].device
+    with autocast(device, precision), sync_gradients((networks.net, networks.discriminator), last):
+        losses = vae_losses(networks, part, step, args)
+        loss = weighted_sum(losses, args) / args.accum
+        loss.backward()
+    return losses
+
+
 def train_step(networks, batch, step, args, precision, guard):
     """One step on this process's share of the batch: --accum passes, then the optimiser. Returns
     the mean of each loss term over the passes and the norm of the gradient, {term: scalar}.
     """
-    device = batch["position"].device
     means = {}
     for i, part in enumerate(passes(batch, args.accum)):
         last = i == args.accum - 1
-        trained = (networks.net, networks.discriminator)
-        with autocast(device, precision), sync_gradients(trained, last):
-            losses = vae_losses(networks, part, step, args)
-            loss = weighted_sum(losses, args) / args.accum
-            loss.backward()
+        losses = backward_pass(networks, part, step, args, precision, last)
         add_mean(means, losses, args.accum)
     grad_norm = guard.step(means, step)
     return dict(means, grad_norm=grad_norm)
@@ -691,8 +700,12 @@ def main():
     networks = compiled_and_parallel(plain, args, device)
     ema_networks = networks._replace(net=ema)
     measurements = build_measurements(args, val_data, device, precision)
-    log = RunLog(args, running, start, total, steps_per_epoch)
     batches = TrainingBatches(data, args.batch_size, args.seed, args.resolution, extra=others)
+    trial = functools.partial(
+        backward_pass, networks, step=total, args=args, precision=precision, last=False
+    )
+    settle_passes(args, device, lambda: batches[start], trial, trained, optimizer)
+    log = RunLog(args, running, start, total, steps_per_epoch)
     stream = iter(load_batches(batches, range(start, total), args.workers, device))
     watch = Watch(args.timeout)
     saver = Saver(args.out, args.keep_every)
@@ -743,4 +756,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, FOR_LESS_MEMORY)

@@ -247,7 +247,7 @@ def sit_training(setting, size, batch, repa, spec="f8d4", vfm=None, **flags):
     {term: scalar}, grad_norm included. vfm: the timm model that gives REPA its tokens; without one
     they are given. flags: other flags of train_sit.py, by their names in the program."""
     torch.manual_seed(0)
-    words = ["--size", size, "--batch-size", batch, "--repa", 0.5 if repa else 0]
+    words = ["--size", size, "--batch-size", batch, "--accum", 1, "--repa", 0.5 if repa else 0]
     args = train_sit.parse_arguments([str(word) for word in words])
     args.compile = setting.compile
     vars(args).update(flags)
@@ -284,7 +284,8 @@ def vae_training(setting, spec, batch, size, terms, vfm=DINO, **flags):
     """The step of train_vae.py with these of TERMS. step() returns {term: scalar}, grad_norm
     included. flags: other flags of train_vae.py, by their names in the program."""
     torch.manual_seed(0)
-    words = ["--spec", spec, "--resolution", size, "--batch-size", batch, "--vfm", vfm]
+    words = ["--spec", spec, "--resolution", size, "--batch-size", batch, "--accum", 1]
+    words += ["--vfm", vfm]
     args = train_vae.parse_arguments([str(word) for word in words])
     args.lpips_weights = [write_random_lpips("lpips.pth")] if "lpips" in terms else []
     if "align" not in terms:

@@ -25,6 +25,13 @@ def two_or_more(text):
     return whole_number(text, least=2)
 
 
+def auto_or_positive(text):
+    """An argparse type: "auto", or a whole number that is at least 1."""
+    if text == "auto":
+        return text
+    return positive(text)
+
+
 def parse_flags(parser, argv=None):
     """parser.parse_args, after the help of every flag that has a default was made to name it.
 
@@ -101,9 +108,10 @@ def add_training_flags(
     )
     group.add_argument(
         "--accum",
-        type=positive,
-        default=1,
-        help="forward passes a step; a batch norm sees one at a time",
+        type=auto_or_positive,
+        default="auto",
+        help="forward passes a step; a batch norm sees one at a time; auto: the fewest that fit "
+        "into the GPU's memory, on a CPU 1",
     )
     group.add_argument("--epochs", type=float, default=epochs)
     group.add_argument("--steps", type=positive, help="instead of --epochs")
@@ -179,6 +187,8 @@ FREE_FLAGS = {
     "skip_bad",
     "vfm_weights",
     "accum",
+    # Not a flag: what settle_passes of common/training.py notes.
+    "machine",
     "epochs",
     "steps",
     "grad_checkpoint",
@@ -203,14 +213,16 @@ FREE_FLAGS = {
 
 
 def share_batch(batch_size, accum):
-    """Global batch size -> pictures per process and forward pass. Raises a UserError where the
-    batch cannot be divided so.
+    """Global batch size -> pictures per process and forward pass; with accum "auto", pictures per
+    process. Raises a UserError where the batch cannot be divided so.
     """
-    shares = world() * accum
+    shares = world()
+    what = f"{world()} processes"
+    if accum != "auto":
+        shares *= accum
+        what += f" x --accum {accum}"
     if batch_size % shares:
-        raise UserError(
-            f"--batch-size {batch_size} is not divisible by {world()} processes x --accum {accum}"
-        )
+        raise UserError(f"--batch-size {batch_size} is not divisible by {what}")
     return batch_size // shares
 
 

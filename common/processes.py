@@ -27,14 +27,14 @@ from common.files import UserError, first_line
 # The end of a script
 
 
-def run_main(main):
+def run_main(main, for_less_memory="lower --batch-size"):
     """Calls a script's main(). An error that a user can mend becomes one sentence on stderr and
-    exit code 2; Ctrl-C becomes exit code 130.
+    exit code 2; Ctrl-C becomes exit code 130. for_less_memory: what to advise when memory is short.
     """
     try:
         main()
-    except (UserError, KeyboardInterrupt, RuntimeError, OSError) as error:
-        sentence = sentence_for_user(error)
+    except (UserError, KeyboardInterrupt, RuntimeError, OSError, MemoryError) as error:
+        sentence = sentence_for_user(error, for_less_memory)
         if sentence is None:
             raise
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr, flush=True)
@@ -52,15 +52,15 @@ def run_main(main):
         os._exit(0)
 
 
-def sentence_for_user(error):
+def sentence_for_user(error, for_less_memory):
     """What went wrong and what to do about it, in a sentence; None for an error of ours."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; rerun the command to resume from what is saved"
-    if isinstance(error, torch.OutOfMemoryError):
-        facts = str(error).split(". ")[0]
-        return f"error: {facts}; lower --batch-size, raise --accum, or try --grad-checkpoint"
+    if is_out_of_memory(error):
+        facts = first_line(error).split(". ")[0]
+        return f"error: {facts}; {for_less_memory}"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror}{place}; make room and rerun the command"
@@ -83,6 +83,17 @@ def sentence_for_user(error):
             "and Python's headers"
         )
     return None
+
+
+def is_out_of_memory(error):
+    """Whether an error says that memory is short. On a CPU, and where a library of CUDA's needed
+    the memory, it has no type of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return any(word in str(error) for word in words)
 
 
 def compiler_failure(error):
@@ -384,7 +395,11 @@ class SumOverProcesses(torch.autograd.Function):
 
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes. torch's own takes no CPU tensors, and CPUs and
-    GPUs must give one training curve."""
+    GPUs must give one training curve.
+
+    together: False while a process works `alone`."""
+
+    together = True
 
     # Compiled by torch 2.11, the gradient of the layer before this one was 11% off, silently.
     @torch.compiler.disable
@@ -393,10 +408,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         x = x.float()
-        count = x.numel() // x.shape[1] * world()
-        mean = SumOverProcesses.apply(x.sum((0, 2, 3))) / count
+        count = x.numel() // x.shape[1]
+        total = torch.clone
+        if self.together:
+            count *= world()
+            total = SumOverProcesses.apply
+        mean = total(x.sum((0, 2, 3))) / count
         x = x - mean[:, None, None]
-        var = SumOverProcesses.apply(x.square().sum((0, 2, 3))) / count
+        var = total(x.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
@@ -430,6 +449,17 @@ def sync_gradients(modules, on):
             if isinstance(module, DistributedDataParallel) and not on:
                 stack.enter_context(module.no_sync())
         yield
+
+
+@contextlib.contextmanager
+def alone():
+    """The context of a pass whose batch norms do not wait for other processes: one of them may fail
+    on the way."""
+    SyncBatchNorm.together = False
+    try:
+        yield
+    finally:
+        SyncBatchNorm.together = True
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from common.files import (
 from common.flags import FREE_FLAGS
 from common.pictures import save_grid
 from common.processes import barrier, mean_over_processes, rank, say, world
+from common.training import reuse_passes
 
 try:
     import fcntl
@@ -345,6 +346,7 @@ def resume(args, free, parts, total, device):
     # SiT runs of older versions keep vae_hash beside the arguments.
     saved = dict(vae_hash=state.get("vae_hash")) | state["arguments"]
     refuse_other_settings(args, saved, free | FREE_FLAGS)
+    reuse_passes(args, saved, device)
     if state["step"] >= total:
         say(f"done      {args.out} has its {state['step']} steps already")
         return None, None

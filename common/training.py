@@ -3,6 +3,8 @@ EMA, and the guard against steps that are not finite. Losses are dicts of scalar
 everything is keyed by their names.
 """
 
+import contextlib
+import gc
 import math
 
 import torch
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from common.files import UserError
-from common.processes import world
+from common.flags import wants_compile
+from common.processes import alone, is_out_of_memory, say, world
 
 
 # The terms that have no flag: the velocity's error, and the discriminator's own loss.
@@ -186,3 +189,145 @@ class Guard:
             "good checkpoint "
             f"is {newest_checkpoint(args.out) or 'none yet'}; lower --lr, or try --precision fp32"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# --accum auto: the fewest passes a step that fit into memory
+
+# What run_main advises when memory is short all the same.
+FOR_LESS_MEMORY = (
+    "pass --accum with a larger number than the line 'training' above shows, --grad-checkpoint, or "
+    "a smaller --batch-size"
+)
+
+# The share of the memory that the trial keeps free, for fragmentation and what it does not do.
+SPARE = 0.02
+
+
+def memory_limit(device):
+    """The memory of this process's GPU in bytes, the smallest of all processes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+    if world() > 1:
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+    return int(memory)
+
+
+def machine_of(args, device):
+    """What decides how many passes fit, beside the flags that a resumed run may not change."""
+    return dict(
+        memory=memory_limit(device),
+        processes=world(),
+        compiled=wants_compile(args, device),
+        grad_checkpoint=args.grad_checkpoint,
+    )
+
+
+def reuse_passes(args, saved, device):
+    """Makes --accum auto the number of passes of the run that is resumed, whose flags `saved` are,
+    if it ran on such a machine: through the batch norms, their number enters the curve."""
+    if args.accum != "auto" or "machine" not in saved:
+        return
+    if saved["machine"] == machine_of(args, device):
+        args.accum = saved["accum"]
+        say(f"memory    --accum {args.accum} as before, on a machine like this one")
+    else:
+        say(f"memory    --accum was {saved['accum']} on another machine, and is measured again")
+
+
+def settle_passes(args, device, first_batch, backward, trained, optimizer):
+    """Makes --accum auto the fewest passes a step that fit into the memory of every process's GPU,
+    and 1 on a CPU. They are found by trial, so that it leaves room for all that a pass needs. Also
+    notes the machine, for reuse_passes.
+
+    first_batch() -> a batch of this process, {name: tensor (b,...)}; backward(part) does the
+    forward and backward pass of a part of it, without averaging gradients; trained holds every
+    network that the optimizer trains. Raises a UserError where a single picture does not fit.
+    """
+    args.machine = machine_of(args, device)
+    memory = args.machine["memory"]
+    if args.accum != "auto":
+        return
+    if memory is None:
+        args.accum = 1
+        return
+    batch = {name: value.to(device) for name, value in first_batch().items()}
+    count = len(batch["position"])
+    for args.accum in pass_counts(count):
+        parts = passes(batch, args.accum)
+        with without_trace(trained, optimizer, device):
+            fits = fits_memory(parts, backward, optimizer, int(SPARE * memory), device)
+        if fits:
+            pictures = f"{count // args.accum} pictures a pass"
+            say(f"memory    --accum {args.accum}, the fewest passes that fit: {pictures}")
+            return
+    raise UserError(
+        "not even one picture a pass fits into the memory of every GPU; pass --grad-checkpoint, or "
+        "choose smaller networks"
+    )
+
+
+def pass_counts(count):
+    """The numbers of passes to try for `count` pictures: divisors of it, each at least twice the
+    one before, from 1 on."""
+    counts = [1]
+    for divisor in range(2, count + 1):
+        if count % divisor == 0 and divisor >= 2 * counts[-1]:
+            counts.append(divisor)
+    return counts
+
+
+def fits_memory(parts, backward, optimizer, spare, device):
+    """Whether the forward and backward passes of `parts` fit into the memory of every process, with
+    the optimiser's moments and `spare` bytes beside them."""
+    fits_here = succeeds(parts, backward, optimizer, spare, device)
+    # What a failed pass left is free once the function that did it has returned.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    fits = torch.tensor(float(fits_here), device=device)
+    if world() > 1:
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    if not fits:
+        # A network that has met two sizes would be compiled for any size, which is slower.
+        torch.compiler.reset()
+    return bool(fits)
+
+
+def succeeds(parts, backward, optimizer, spare, device):
+    """Whether the passes fit into the memory of this process. It waits for no other process on the
+    way, since one of them may fail."""
+    try:
+        beside = new_moments(optimizer)
+        beside.append(torch.empty(spare, dtype=torch.uint8, device=device))
+        with alone():
+            # The second pass finds the gradients of the first in memory, and a third is like it.
+            for part in parts[:2]:
+                backward(part)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def new_moments(optimizer):
+    """Tensors like AdamW's two moments of each parameter that has none yet."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [torch.empty_like(p) for p in parameters if p not in optimizer.state for _ in range(2)]
+
+
+@contextlib.contextmanager
+def without_trace(trained, optimizer, device):
+    """After this context the networks in `trained` have no gradients, and their buffers, what they
+    train, and the random generators are as before."""
+    buffers = [buffer.clone() for buffer in trained.buffers()]
+    is_trained = [parameter.requires_grad for parameter in trained.parameters()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    optimizer.zero_grad(set_to_none=True)
+    for buffer, before in zip(trained.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    for parameter, before in zip(trained.parameters(), is_trained, strict=True):
+        parameter.requires_grad_(before)
