@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 import traceback
 from unittest import mock
 
@@ -307,6 +308,11 @@ def fake_cuda():
         put(torch.cuda, "_lazy_init", lambda: None)
         put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         put(torch.cuda, "get_device_name", lambda *_: "fake")
+        # With this memory the search for --accum runs, and ends with its first trial.
+        card = types.SimpleNamespace(total_memory=80 * 2**30)
+        put(torch.cuda, "get_device_properties", lambda *_: card)
+        put(torch.cuda, "get_rng_state", lambda *_: None)
+        put(torch.cuda, "set_rng_state", lambda *_: None)
         put(torch.cuda, "synchronize", lambda *_: None)
         put(torch._C, "_select_conv_backend", lambda *_, **__: torch._C._ConvBackend.Cudnn)
         put(torch.Tensor, "numpy", numpy_of_fakes(torch.Tensor.numpy))
