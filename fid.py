@@ -1,6 +1,6 @@
 """Measure a set of pictures against a reference: FID, sFID, Inception Score, precision and recall,
 as ADM's evaluator defines them; or a VAE's reconstructions against their originals: rFID, PSNR,
-SSIM, LPIPS.
+SSIM, LPIPS, and iFID, the same for pictures between neighbours in its latents.
 
     FID = |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), where mu and S are the mean and the covariance
     of a network's features of a set.
@@ -8,6 +8,7 @@ SSIM, LPIPS.
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz   # against ADM's reference
     python fid.py drawn_pictures --ref data/imagenet/train            # two folders of pictures
     python fid.py --vae runs/vae --data data/imagenet/val             # reconstruction
+    python fid.py --vae runs/vae --data data/imagenet/val --interpolate data/imagenet/train   # iFID
     python fid.py A --ref B --features vit_small_patch14_dinov2.lvd142m  # any timm model's features
 
 Pictures are 8-bit RGB. Features are float32, statistics and distances float64. The statistics of a
@@ -17,11 +18,15 @@ reference are kept under runs/cache. The result is printed and written as JSON b
 
 import argparse
 import contextlib
+import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +37,7 @@ from torchvision.models import inception as tv
 from tqdm import tqdm
 
 from common.archives import holds_pictures
-from common.draws import epoch_order
+from common.draws import epoch_order, uniform
 from common.files import (
     UserError,
     first_line,
@@ -50,8 +55,24 @@ from common.flags import (
     two_or_more,
     whole_number,
 )
-from common.pictures import ImageSet, PictureBlocks, from_uint8, load_batches, to_uint8
-from common.processes import barrier, rank, run_main, say, setup, sum_over_processes, world
+from common.pictures import (
+    ImageSet,
+    PictureBlocks,
+    from_uint8,
+    load_batches,
+    save_grid,
+    to_uint8,
+)
+from common.processes import (
+    autocast,
+    barrier,
+    rank,
+    run_main,
+    say,
+    setup,
+    sum_over_processes,
+    world,
+)
 from common.runs import newest_result, provenance
 from common.weights import load_vae
 from models import LPIPS
@@ -104,6 +125,12 @@ def parse_arguments(argv=None):
         "--vae", help="VAE: file, run folder, published checkpoint or hf:<owner>/<repository>"
     )
     g.add_argument("--data", help="pictures to encode and to decode from the mean of the posterior")
+    g.add_argument(
+        "--interpolate",
+        metavar="TRAIN",
+        help="pictures that the VAE was trained on: also measure iFID, of pictures of --data "
+        "joined with their neighbours among these",
+    )
     g.add_argument("--lpips", type=int, choices=[0, 1], default=1, help="0: no LPIPS")
     g.add_argument(
         "--lpips-weights",
@@ -859,6 +886,258 @@ def read_reference(net, path, size, keep=0, num=None, batch_size=16, workers=Non
 
 
 # --------------------------------------------------------------------------------------------------
+# Interpolations
+#
+# iFID (Xu et al., arXiv 2603.05630) is the Frechet distance between held-out pictures and what a
+# VAE decodes between their latents and those of training pictures. It follows a diffusion model's
+# FID where rFID does not. A latent is the mean of the posterior, normalised and flattened.
+
+# Of so many training pictures, the nearest by cosine, one is drawn for each held-out picture.
+NEIGHBOURS = 10
+# The draw for held-out picture i depends on (this seed, i) alone.
+NEIGHBOUR_SEED = 0
+# Training pictures that are compared with all held-out ones at a time. The blocks do not depend on
+# the number of processes, so neither do the last bits of a cosine.
+LATENT_BLOCK = 256
+
+
+class TrainingLatents:
+    """The latents of training pictures, as rows (n,D): encoded, or from the cache of stage 2.
+
+    pictures: Pictures. They have float16's rounding, which stage 2's cache has, so the two sources
+    give the same numbers. precision: "bf16" or "fp32", of the encoder.
+    """
+
+    def __init__(self, vae, pictures, device, workers=None, precision="fp32"):
+        self.vae = vae
+        self.pictures = pictures
+        self.device = device
+        self.workers = workers
+        self.precision = precision
+        self.source, self.cached = find_cached_latents(vae, pictures)
+
+    def rows(self, positions):
+        """This process's share of the rows at any positions in the set, int64 (M,), by blocks.
+
+        Yield the places in `positions` (b,) and the rows (b,D).
+        """
+        count = len(positions)
+        mine = range(rank(), math.ceil(count / LATENT_BLOCK), world())
+        places = [
+            torch.arange(k * LATENT_BLOCK, min((k + 1) * LATENT_BLOCK, count), device=self.device)
+            for k in mine
+        ]
+        positions = np.asarray(positions)
+        if self.cached is not None:
+            for place in tqdm(places, "latents", unit="block", leave=False, disable=rank() > 0):
+                chosen = self.pictures.chosen[positions[place.cpu().numpy()]]
+                # Side 0 is the picture itself, not its mirror image; entry 0 is the mean.
+                means = torch.from_numpy(self.cached[chosen, 0, 0]).to(self.device)
+                yield place, latent_rows(self.vae, means)
+            return
+        load = functools.partial(load_at, self.pictures, positions)
+        blocks = PictureBlocks(load, self.pictures.size, count, LATENT_BLOCK)
+        workers = self.workers if self.pictures.folder else 0
+        loader = load_batches(blocks, mine, workers, self.device)
+        bar = tqdm(loader, "latents", len(mine), unit="block", leave=False, disable=rank() > 0)
+        for place, batch in zip(places, bar, strict=True):
+            means = encode_means(self.vae, batch["image"], self.precision).half()
+            if not means.isfinite().all():
+                raise UserError(f"latents of {self.pictures.path} leave the range of fp16")
+            yield place, latent_rows(self.vae, means)
+
+
+def load_at(pictures, positions, places, size):
+    """Pictures at the positions[places] of a set -> uint8 (b,3,size,size)."""
+    wanted = positions[np.asarray(places)]
+    if pictures.folder:
+        return pictures.stack(wanted, size)
+    # An .npz reads consecutive pictures only.
+    return torch.cat([pictures.stack(i, size) for i in wanted[:, None]])
+
+
+def find_cached_latents(vae, pictures):
+    """The complete cache of stage 2 of these pictures' latents by this VAE -> (its folder, memory
+    map (N,S,2,C,h,w) of S sides, mean and std), or ("encoded", None) if there is none."""
+    name = f"latents-{vae.info['hash'][:8]}-{pictures.set.fingerprint[:8]}-"
+    folder = os.path.join(os.path.dirname(vae.info["path"]), name)
+    shape = (len(pictures.set.names), 2, vae.channels, vae.latent_size, vae.latent_size)
+    # Those in fp32 come before those in bf16.
+    for found in sorted(glob.glob(f"{glob.escape(folder)}*"), reverse=True):
+        # What is damaged or incomplete is not used.
+        with contextlib.suppress(OSError, ValueError):
+            latents = np.load(os.path.join(found, "latents.npy"), mmap_mode="r")
+            done = np.load(os.path.join(found, "done.npy"))
+            if latents.shape[:1] + latents.shape[2:] == shape and (done == 1).all():
+                return found, latents
+    return "encoded", None
+
+
+@torch.no_grad()
+def encode_means(vae, images, precision):
+    """uint8 (b,3,H,W) -> means of the posteriors, float32 (b,C,h,w)."""
+    means = []
+    for part in images.split(16):
+        with autocast(images.device, precision):
+            means.append(vae.encode(from_uint8(part))[0].float())
+    return torch.cat(means)
+
+
+def latent_rows(vae, means):
+    """Means of posteriors (b,C,h,w) -> normalised and flattened, float32 (b,D)."""
+    return vae.normalize(means.float()).flatten(1)
+
+
+@contextlib.contextmanager
+def full_float32_products():
+    """The context of matrix products without TF32, which training allows."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def nearest_latents(queries, blocks, k=NEIGHBOURS):
+    """The k rows nearest to each query by cosine, over all processes.
+
+    queries: (M,D), the same on every process. blocks: this process's share of the rows, as their
+    positions (b,), rising, and the rows (b,D).
+    -> positions (M,k), the nearest first; mean squared differences (M,k). Where there are fewer
+    than k rows, the last differences are infinite.
+    """
+    count, dim = queries.shape
+    norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)  # (M,1)
+    units = queries / norms.clamp(min=1e-12)
+    best = Nearest(
+        queries.new_full((count, k), -torch.inf),
+        torch.zeros(count, k, dtype=torch.int64, device=queries.device),
+        queries.new_full((count, k), torch.inf),
+    )
+    for positions, rows in blocks:
+        row_norms = torch.linalg.vector_norm(rows, dim=1)  # (b,)
+        with full_float32_products():
+            cosines = units @ (rows / row_norms.clamp(min=1e-12)[:, None]).T  # (M,b)
+        cosines, columns = cosines.topk(min(k, len(rows)), dim=1)
+        found_norms = row_norms[columns]
+        products = cosines * norms * found_norms
+        differences = (norms.square() + found_norms.square() - 2 * products).clamp(min=0) / dim
+        best = nearest_of([best, Nearest(cosines, positions[columns], differences)], k)
+    best = nearest_of([share_of(best, process) for process in range(world())], k)
+    return best.positions, best.differences
+
+
+class Nearest(NamedTuple):
+    """Rows near to M queries, k of each."""
+
+    cosines: torch.Tensor  # (M,k)
+    positions: torch.Tensor  # int64 (M,k)
+    differences: torch.Tensor  # mean squared, (M,k)
+
+
+def nearest_of(parts, k):
+    """Several Nearest -> the k nearest of all; equal ones are ordered by position."""
+    merged = Nearest(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
+    order = merged.positions.argsort(1)
+    cosines = merged.cosines.gather(1, order)
+    order = order.gather(1, cosines.argsort(dim=1, descending=True, stable=True))
+    return Nearest(*(tensor.gather(1, order[:, :k]) for tensor in merged))
+
+
+def share_of(best, process):
+    """The Nearest of one of the processes, on all of them."""
+    mine = process == rank()
+    return Nearest(*(sum_over_processes(t.clone() if mine else torch.zeros_like(t)) for t in best))
+
+
+def draw_neighbours(positions, differences):
+    """One of each row's k positions (M,k), with probability softmax(-differences) -> (M,)."""
+    probabilities = torch.softmax(-differences.double(), 1)
+    ids = torch.arange(len(positions), device=positions.device)
+    draws = uniform(NEIGHBOUR_SEED, "neighbour", ids).double()
+    # The last draw falls into the last column in spite of rounding.
+    column = (probabilities.cumsum(1)[:, :-1] < draws[:, None]).sum(1)
+    return positions.gather(1, column[:, None])[:, 0]
+
+
+def slerp_half(a, b):
+    """Rows (n,D) of any length -> the middle of the arc between them (n,D); where the angle
+    vanishes, the middle of the line."""
+    a = a.double()
+    b = b.double()
+    angle = F.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos()
+    weight = torch.where(angle.sin() > 1e-6, (angle / 2).sin() / angle.sin(), 0.5)
+    return (weight[:, None] * (a + b)).float()
+
+
+class Interpolations:
+    """Held-out pictures, each joined with a neighbour among the training pictures.
+
+    held_out: Pictures. training: TrainingLatents. All processes together look for the neighbours
+    when this is made.
+    """
+
+    def __init__(self, vae, held_out, training):
+        self.vae = vae
+        self.held_out = held_out
+        self.training = training
+        dim = vae.channels * vae.latent_size**2
+        self.rows = torch.zeros(held_out.count, dim, device=training.device)
+        for index, images in held_out.batches(training.device, training.workers):
+            self.rows[index] = self.encode(images)
+        sum_over_processes(self.rows)
+        count = training.pictures.count
+        positions, differences = nearest_latents(self.rows, training.rows(np.arange(count)))
+        # Positions in the training set, int64 (M,).
+        self.neighbours = draw_neighbours(positions, differences).cpu().numpy()
+        self.record = {
+            "neighbours": min(NEIGHBOURS, count),
+            "nearest by": "cosine of normalised posterior means",
+            "weights": "softmax(-mean squared difference)",
+            "interpolation": "slerp at 0.5",
+            "seed": NEIGHBOUR_SEED,
+            "held out": held_out.count,
+            "training": training.pictures.record,
+            "latents": training.source,
+            "precision": training.precision,
+        }
+
+    def encode(self, images):
+        """Pictures uint8 (b,3,H,W) -> normalised latents (b,D)."""
+        return latent_rows(self.vae, encode_means(self.vae, images, self.training.precision))
+
+    @torch.no_grad()
+    def decode(self, rows):
+        """Normalised latents (b,D) -> pictures uint8 (b,3,H,W)."""
+        shape = (self.vae.channels, self.vae.latent_size, self.vae.latent_size)
+        with autocast(rows.device, self.training.precision):
+            return to_uint8(self.vae.decode(self.vae.denormalize(rows.unflatten(1, shape))))
+
+    def batches(self):
+        """Yield this process's share of the interpolations: positions in the held-out set (b,) and
+        pictures uint8 (b,3,H,W)."""
+        size = self.held_out.batch_size
+        for block, neighbours in self.training.rows(self.neighbours):
+            middle = slerp_half(self.rows[block], neighbours)
+            for index, rows in zip(block.split(size), middle.split(size), strict=True):
+                yield index, self.decode(rows)
+
+    def save_picture(self, path, columns=8):
+        """Write a PNG of originals, reconstructions, interpolations and neighbours: four rows."""
+        device = self.training.device
+        training = self.training.pictures
+        first = np.arange(min(columns, self.held_out.count))
+        originals = self.held_out.stack(first, self.held_out.size).to(device)
+        # An .npz reads consecutive pictures only.
+        chosen = self.neighbours[: len(first), None]
+        neighbours = torch.cat([training.stack(i, training.size) for i in chosen]).to(device)
+        middle = slerp_half(self.rows[: len(first)], self.encode(neighbours))
+        reconstructed = self.decode(self.rows[: len(first)])
+        save_grid(path, [originals, reconstructed, self.decode(middle), neighbours])
+
+
+# --------------------------------------------------------------------------------------------------
 # From statistics to results
 
 
@@ -1015,8 +1294,38 @@ def measure_reconstructions(args, device):
         "network": net.about,
         "vae": vae.info,
     }
-    folder = os.path.dirname(vae.info["path"])
-    return values, compared, os.path.join(folder, "reconstruction")
+    base = os.path.join(os.path.dirname(vae.info["path"]), "reconstruction")
+    if args.interpolate:
+        path = f"{(args.out or base).removesuffix('.json')}.interpolation.png"
+        distances, record = measure_interpolations(args, vae, net, pictures, reference, path)
+        # iFID stands beside rFID, before PSNR and its kin.
+        first = dict(list(values.items())[:1])
+        values = {**first, **distances, **values}
+        compared["interpolation"] = record
+    return values, compared, base
+
+
+def measure_interpolations(args, vae, net, held_out, reference, path):
+    """Measure iFID of --vae between the pictures `held_out`, whose statistics are `reference`, and
+    --interpolate -> {"ifid": float}, empty on all but rank 0, and a record of all that moves it.
+
+    path: of the PNG to write.
+    """
+    begin = time.time()
+    training = Pictures(args.interpolate, None, args.size, args.batch_size)
+    say_other_sizes(args.interpolate, training.set, args.size)
+    latents = TrainingLatents(vae, training, vae.latent_mean.device, args.workers)
+    say(f"training  {training.path}: {training.count} pictures, latents: {latents.source}")
+    between = Interpolations(vae, held_out, latents)
+    statistics = collect(net, between.batches(), held_out.count)
+    distances = {}
+    for name, value in compare(net, statistics, reference).items():
+        if name not in ("sfid", "inception_score"):
+            distances[f"i{name}"] = value
+    if rank() == 0:
+        between.save_picture(path)
+        say(f"picture   {path}: originals, reconstructions, interpolations, neighbours")
+    return distances, {**between.record, "seconds": round(time.time() - begin, 1)}
 
 
 def report(values, compared, arguments, out):
@@ -1052,6 +1361,10 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
+    if args.interpolate and not args.vae:
+        raise UserError(
+            "--interpolate measures a VAE: name it with --vae, and pictures with --data"
+        )
     if args.vae and args.data and not (args.ref or args.samples):
         values, compared, base = measure_reconstructions(args, device)
     elif args.ref and not (args.vae or args.data):
