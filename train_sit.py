@@ -607,7 +607,7 @@ def main():
 
     # Resume. A checkpoint holds these parts, which are loaded in this order.
     parts = dict(net=net, ema=ema, optimizer=optimizer)
-    start, running = resume(args, FREE, parts, total, device)
+    start, running = resume(args, FREE, parts, total, device, data, labelled=True)
     if start is None:
         return
 
@@ -648,7 +648,7 @@ def main():
             guard.check(args, newest_checkpoint, final=step == total)
         if save_due and guard.good:
             weights = published_weights(parts, net.config, vae, step, data, args, log)
-            saver.save(step, weights, training_state(parts, step, args, log))
+            saver.save(step, weights, training_state(parts, step, args, log, data))
 
         # Done?
         if step == total or watch.stop:

@@ -692,7 +692,7 @@ def main():
 
     # Resume. A checkpoint holds these parts, which are loaded in this order.
     parts = dict(trained, ema=ema, optimizer=optimizer)
-    start, running = resume(args, FREE, parts, total, device)
+    start, running = resume(args, FREE, parts, total, device, data)
     if start is None:
         return
 
@@ -736,7 +736,7 @@ def main():
                 ema_networks, data, val_data, step, total, args, device, precision, log
             )
         if (save_due or watch.stop) and guard.good:
-            saver.save(step, weights, training_state(parts, step, args, log))
+            saver.save(step, weights, training_state(parts, step, args, log, data))
 
         # Done?
         if step == total or watch.stop:

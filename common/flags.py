@@ -138,6 +138,14 @@ def add_training_flags(
         action="store_true",
         help="fail if there is nothing to resume (resuming is the default)",
     )
+    group.add_argument(
+        "--change",
+        nargs="+",
+        default=[],
+        metavar="FLAG",
+        help="on resuming: flags whose value may differ from before, such as lr, or data for other "
+        "pictures of the same classes",
+    )
     group.add_argument("--log-every", type=positive, default=log_every, help="steps")
     group.add_argument(
         "--tensorboard",
@@ -183,6 +191,8 @@ def add_training_flags(
 
 # Of these flags, the ones that may change when a run is resumed. A stage adds its own.
 FREE_FLAGS = {
+    # The pictures count, not the spelling of their folder: see common.runs.compare_data.
+    "data",
     "check_data",
     "skip_bad",
     "vfm_weights",
@@ -195,6 +205,7 @@ FREE_FLAGS = {
     "out",
     "overwrite",
     "resume",
+    "change",
     "log_every",
     "tensorboard",
     "sample_every",

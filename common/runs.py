@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from PIL import Image
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
@@ -261,11 +262,13 @@ def load_checkpoint(folder, device):
     return None
 
 
-def training_state(parts, step, args, log):
+def training_state(parts, step, args, log, data):
     """What save_checkpoint writes and `resume` reads: the state of each part, {name: module or
-    optimizer}, the step, the flags, and the unfinished sums of the log."""
+    optimizer}, the step, the flags, the unfinished sums of the log, and what tells whether the
+    pictures are still the same."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    return dict(state, step=step, arguments=vars(args), running=log.sums())
+    pictures = dict(fingerprint=data.fingerprint, count=len(data), classes=data.classes)
+    return dict(state, step=step, arguments=vars(args), running=log.sums(), data=pictures)
 
 
 class Saver:
@@ -323,13 +326,14 @@ class Saver:
 # Resuming
 
 
-def resume(args, free, parts, total, device):
+def resume(args, free, parts, total, device, data, labelled=False):
     """Locks --out and loads its newest checkpoint into `parts`, {name: module or optimizer}, in
     their order.
 
     Returns the step to continue from and the log's unfinished sums: (0, None) for a new run, (None,
     None) for one that has all of its `total` steps. Raises a UserError where a flag that is not in
-    `free` or FREE_FLAGS differs.
+    `free`, FREE_FLAGS or --change differs, and for other pictures. data: those of --data. labelled:
+    whether the run learns from their labels, so that their classes must be those of before.
     """
     lock(args.out)
     state = None
@@ -347,6 +351,9 @@ def resume(args, free, parts, total, device):
     saved = dict(vae_hash=state.get("vae_hash")) | state["arguments"]
     refuse_other_settings(args, saved, free | FREE_FLAGS)
     reuse_passes(args, saved, device)
+    if labelled:
+        keep_classes(args, state, data)
+    compare_data(args, state, data)
     if state["step"] >= total:
         say(f"done      {args.out} has its {state['step']} steps already")
         return None, None
@@ -361,21 +368,95 @@ def resume(args, free, parts, total, device):
 
 def refuse_other_settings(args, saved, free):
     """Raises a UserError that names every flag, but the `free` ones, whose value is not the saved
-    one.
+    one. What differs by leave of --change is said.
     """
     if args.lr_schedule == "cosine":
         # The learning rate of every step depends on the number of the last one.
         free = free - {"steps", "epochs"}
+    may_change = flags_to_change(args)
     differ = []
     for name, value in vars(args).items():
-        if name not in free and name in saved and saved[name] != value:
-            differ.append(f"--{name.replace('_', '-')} was {saved[name]} and is now {value}")
+        if name in free or name not in saved or saved[name] == value:
+            continue
+        words = f"--{name.replace('_', '-')} was {saved[name]} and is now {value}"
+        if name in may_change:
+            say(f"changed   {words}")
+        else:
+            differ.append(words)
     if differ:
         raise UserError(
             f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags "
-            "to resume, "
-            "another --out, or --overwrite to begin anew"
+            "to resume, allow a change with --change, give another --out, or begin anew with "
+            "--overwrite"
         )
+
+
+def flags_to_change(args):
+    """The names in --change as they are in `args`. Raises a UserError for one that is no flag."""
+    names = {name.lstrip("-").replace("-", "_") for name in args.change}
+    unknown = sorted(names - set(vars(args)))
+    if unknown:
+        raise UserError(f"--change {unknown[0]}: there is no such flag; write, for example, lr")
+    return names
+
+
+def compare_data(args, state, data):
+    """Raises a UserError if the pictures are not those that a checkpoint records, unless --change
+    names data. It does not matter where they are.
+    """
+    recorded = state.get("data")
+    if recorded is None:
+        before = state["arguments"]["data"]
+        after = args.data
+        same = os.path.realpath(before) == os.path.realpath(after)
+        say(
+            f"note: the checkpoint in {args.out} is of an older version, which recorded only the "
+            "folder of its pictures; what is there now is taken for the same"
+        )
+    else:
+        before = f"{recorded['count']} with fingerprint {recorded['fingerprint']}"
+        after = f"{len(data)} with fingerprint {data.fingerprint}, in {args.data}"
+        same = recorded["fingerprint"] == data.fingerprint
+    if same:
+        return
+    words = f"the pictures were {before}, and are now {after}"
+    if "data" not in flags_to_change(args):
+        raise UserError(
+            f"{args.out} holds a run on other data: {words}; give the same pictures, or resume on "
+            "these with --change data"
+        )
+    say(f"changed   {words}")
+
+
+def keep_classes(args, state, data):
+    """Gives the classes of `data` the labels that they had before. Raises a UserError if there are
+    others now.
+    """
+    recorded = state.get("data") or published_info(os.path.join(args.out, "sit.safetensors"))
+    classes = recorded.get("classes")
+    if classes is None or classes == data.classes:
+        return
+    gone = [repr(name) for name in classes if name not in data.classes]
+    new = [repr(name) for name in data.classes if name not in classes]
+    if gone or new:
+        raise UserError(
+            f"{args.out} was trained on other classes: {', '.join(gone[:4]) or 'none'} of its "
+            f"{len(classes)} are gone, {', '.join(new[:4]) or 'none'} of the {len(data.classes)} "
+            f"in {args.data} are new; give the folders their names back, or begin anew with "
+            "another --out"
+        )
+    say(f"note: the labels are those of before, in the order {', '.join(classes[:4])}, ...")
+    labels = np.array([classes.index(name) for name in data.classes])
+    data.labels = labels[data.labels]
+    data.classes = classes
+
+
+def published_info(path):
+    """What a weight file of ours tells beside the weights, {} if there is none."""
+    if not os.path.exists(path):
+        return {}
+    with reading(path, "weights of ours"), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["info"])
 
 
 def match_memory_formats(optimizer):

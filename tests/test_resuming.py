@@ -1,0 +1,146 @@
+"""On which data and with which flags a run may be resumed: what has changed is refused or said."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_sit
+import train_vae
+from common.files import UserError, write_weights
+from common.pictures import ImageSet
+from common.runs import resume, save_checkpoint, training_state
+from conftest import PLAIN_VAE, SIT, refused, script
+
+NO_SUMS = SimpleNamespace(sums=lambda: dict(bad_steps=0, sums={}, counts={}))
+
+
+@pytest.fixture
+def folder(inside, pictures):
+    """p/{a,b}/ below the current folder, a copy that a test may change."""
+    shutil.copytree(pictures, "p")
+    return "p"
+
+
+def flags(stage=train_sit, *words):
+    return stage.parse_arguments(["--data", "p", "--out", "run", *words])
+
+
+def save_run(args, data, old=False):
+    """Leaves a checkpoint of step 3. old: as versions did that recorded no pictures."""
+    state = training_state(dict(net=torch.nn.Linear(1, 1)), 3, args, NO_SUMS, data)
+    if old:
+        del state["data"]
+    save_checkpoint(args.out, 3, state)
+
+
+def resume_run(args, data, labelled=True):
+    parts = dict(net=torch.nn.Linear(1, 1))
+    return resume(args, set(), parts, 10, torch.device("cpu"), data, labelled)
+
+
+def test_the_same_pictures_under_another_spelling(folder, capsys):
+    save_run(flags(), ImageSet("p"))
+    shutil.move("p", "elsewhere")
+    os.symlink("elsewhere", "link")
+    for spelling in ("elsewhere", "./elsewhere/", os.path.abspath("elsewhere"), "link"):
+        args = flags(train_sit, "--data", spelling)
+        assert resume_run(args, ImageSet(spelling))[0] == 3
+    assert "note" not in capsys.readouterr().out
+
+
+def test_other_pictures_are_refused_unless_they_are_wanted(folder, capsys):
+    save_run(flags(), ImageSet("p"))
+    shutil.copy("p/a/00.png", "p/b/new.png")
+    for labelled in (False, True):
+        with pytest.raises(
+            UserError, match=r"the pictures were 24 with .* now 25 with .* --change"
+        ):
+            resume_run(flags(), ImageSet("p"), labelled)
+    args = flags(train_sit, "--change", "data")
+    assert resume_run(args, ImageSet("p"))[0] == 3
+    assert "changed   the pictures were 24 with" in capsys.readouterr().out
+
+
+def test_other_classes_are_refused_by_name(folder):
+    """Their labels would mean something else."""
+    save_run(flags(), ImageSet("p"))
+    os.rename("p/a", "p/z")
+    args = flags(train_sit, "--change", "data")
+    with pytest.raises(UserError, match="other classes: 'a' of its 2 are gone, 'z' of the 2 in p"):
+        resume_run(args, ImageSet("p"))
+    # Stage 1 has no labels.
+    assert resume_run(args, ImageSet("p"), labelled=False)[0] == 3
+
+
+def number_the_classes():
+    """Gives p/ the classes 0, 10 and 9, and returns the order that older versions gave them."""
+    shutil.move("p/a", "p/10")
+    shutil.move("p/b", "p/9")
+    shutil.copytree("p/9", "p/0")
+    return ["0", "10", "9"]
+
+
+@pytest.mark.parametrize("recorded", ["checkpoint", "weights"])
+def test_classes_keep_their_labels(folder, capsys, recorded):
+    """Versions that sorted numbers as text recorded the classes in sit.safetensors alone."""
+    old_order = number_the_classes()
+    data = ImageSet("p")
+    labels = data.labels
+    assert data.classes == ["0", "9", "10"]
+    data.classes = old_order
+    if recorded == "checkpoint":
+        save_run(flags(), data)
+    else:
+        save_run(flags(), data, old=True)
+        info = dict(classes=old_order)
+        write_weights("run/sit.safetensors", "sit", {"x": torch.zeros(1)}, {}, info)
+
+    data = ImageSet("p")
+    assert resume_run(flags(), data)[0] == 3
+    assert data.classes == old_order
+    assert data.labels.tolist() == [{0: 0, 1: 2, 2: 1}[label] for label in labels.tolist()]
+    output = capsys.readouterr().out
+    assert "note: the labels are those of before, in the order 0, 10, 9" in output
+    assert ("is of an older version" in output) == (recorded == "weights")
+
+
+def test_an_older_checkpoint_elsewhere_is_not_taken_for_the_same(folder):
+    save_run(flags(), ImageSet("p"), old=True)
+    assert resume_run(flags(train_sit, "--data", "./p/"), ImageSet("p"))[0] == 3
+    shutil.move("p", "other")
+    with pytest.raises(UserError, match="the pictures were p, and are now other"):
+        resume_run(flags(train_sit, "--data", "other"), ImageSet("other"))
+
+
+@pytest.mark.parametrize("stage", [train_vae, train_sit])
+def test_a_flag_changes_by_leave_only(stage, folder, capsys):
+    data = ImageSet("p")
+    save_run(flags(stage, "--lr", "0.1", "--clip", "1"), data)
+    words = ["--lr", "0.01", "--clip", "2"]
+    with pytest.raises(UserError, match=r"--lr was 0\.1 and is now 0\.01; --clip was"):
+        resume_run(flags(stage, *words), data, labelled=False)
+    with pytest.raises(UserError, match=r"other settings: --lr was"):
+        resume_run(flags(stage, *words, "--change", "clip"), data, labelled=False)
+    with pytest.raises(UserError, match="--change learning_rate: there is no such flag"):
+        resume_run(flags(stage, *words, "--change", "learning-rate"), data, labelled=False)
+    capsys.readouterr()
+    args = flags(stage, *words, "--change", "lr", "clip")
+    assert resume_run(args, data, labelled=False)[0] == 3
+    assert "changed   --lr was 0.1 and is now 0.01" in capsys.readouterr().out
+
+
+def test_the_stages_record_and_compare(folder, capsys):
+    """Both stages, as commands: the second one refuses a renamed class, and trains on with another
+    learning rate, which the next checkpoint records."""
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
+    words = [*SIT, "--repa", 0, "--data", "p"]
+    script(train_sit, *words, "--steps", 1)
+    script(train_sit, *words, "--steps", 2, "--lr", 1e-4, "--change", "lr")
+    script(train_sit, *words, "--steps", 3, "--lr", 1e-4)
+    os.rename("p/a", "p/z")
+    assert "'a' of its 2 are gone" in refused(capsys, train_sit, *words, "--lr", 1e-4)
+    message = refused(capsys, train_vae, *PLAIN_VAE, "--data", "p", "--steps", 2)
+    assert "runs/vae holds a run on other data" in message
