@@ -5,10 +5,15 @@ memory of its activations.
 
 Communication: a ring all-reduce of fp32 gradients among n processes sends 2 (n-1)/n of their size
 from each. Memory: the peak of all tensors that a forward and backward pass makes, on fake tensors:
-every operation runs, on shapes without numbers. Copies of the weights in bf16 are included; the
-weights themselves, their gradients, AdamW's moments and the EMA are not.
+every operation runs, on shapes without numbers. Copies of the weights in bf16 are included. Only
+the table of stage 1 includes the weights themselves, their gradients, AdamW's moments and the EMA.
+
+The tensors are on a CPU. tests/test_fake_cuda.py asserts that those of a GPU take the same memory.
+What torch.compile saves is not counted.
 """
 
+import os
+import tempfile
 import weakref
 from unittest import mock
 
@@ -18,8 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import speed
 from common.processes import autocast
+from common.training import weighted_sum
 import models
+import train_vae
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,6 +131,63 @@ def vae_memory(grad_checkpoint, batch, precision):
     return activation_memory(make, loss, precision)
 
 
+def stage_1_networks():
+    """The networks of stage 1 with its default flags, with random weights on the CPU; and the
+    flags."""
+    with tempfile.TemporaryDirectory() as folder, speed.untrained_vision_models():
+        lpips = speed.write_random_lpips(os.path.join(folder, "lpips.pth"))
+        args = train_vae.parse_arguments(["--lpips-weights", lpips])
+        return train_vae.build_networks(args, torch.device("cpu"), "bf16"), args
+
+
+def make_fake(network, mode):
+    """Replaces a network's parameters and buffers by fake tensors, in place."""
+    for part in network.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fake = mode.from_tensor(parameter.detach())
+                part._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = mode.from_tensor(buffer)
+
+
+def stage_1_memory(batches, precision):
+    """Bytes of a training step of stage 1 with all losses, {batch: (without, with gradient
+    checkpointing)} for these numbers of pictures in a pass."""
+    networks, args = stage_1_networks()
+    modules = nn.ModuleList([networks.net, networks.discriminator, networks.vfm, networks.lpips])
+    mode = FakeTensorMode()
+    make_fake(modules, mode)
+    found = {}
+    with mode:
+        kept = 0
+        for parameter in modules.parameters():
+            kept += parameter.nbytes
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                # The gradient, AdamW's two moments, and the EMA of all but the discriminator.
+                kept += 3 * parameter.nbytes
+        kept += sum(parameter.nbytes for parameter in networks.net.parameters())
+
+        for count in batches:
+            batch = dict(
+                image=torch.zeros(count, 3, 256, 256, dtype=torch.uint8),
+                position=torch.arange(count),
+            )
+            sizes = []
+            for networks.net.vae.grad_checkpoint in (False, True):
+                with LiveMemory() as memory:
+                    with autocast(torch.device("cpu"), precision):
+                        losses = train_vae.vae_losses(networks, batch, 0, args)
+                        loss = weighted_sum(losses, args)
+                    loss.backward()
+                    del losses, loss
+                sizes.append(kept + memory.peak)
+            found[count] = sizes
+    return found
+
+
 def parameter_counts():
     """{name: number of trained parameters}, without taking memory for them."""
     with torch.device("meta"):
@@ -160,6 +225,14 @@ def print_activations():
             print(f"| {name} | {precision} | {plain:.2f} | {recomputed:.2f} |")
 
 
+def print_stage_1():
+    print("| stage 1, all losses, bf16: pictures in a pass | GiB | with --grad-checkpoint, GiB |")
+    print("| ---: | ---: | ---: |")
+    for count, sizes in stage_1_memory((16, 32, 64, 128), "bf16").items():
+        plain, recomputed = (size / 2**30 for size in sizes)
+        print(f"| {count} | {plain:.1f} | {recomputed:.1f} |")
+
+
 def main():
     print_communication()
     print()
@@ -167,6 +240,8 @@ def main():
     fused = torch.nn.functional.scaled_dot_product_attention
     with mock.patch.object(models, "attention", fused):
         print_activations()
+        print()
+        print_stage_1()
 
 
 if __name__ == "__main__":

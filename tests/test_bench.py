@@ -2,6 +2,7 @@
 gradients. Its counts, and those of bench/sizes.py, are right."""
 
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -137,6 +138,19 @@ def test_sit_grad_checkpoint_changes_nothing_but_memory():
     for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
         assert torch.allclose(plain, recomputed, atol=1e-7)
     assert peaks[True] < peaks[False]
+
+
+def test_the_memory_of_stage_1_grows_with_the_pictures_in_a_pass():
+    found = sizes.stage_1_memory((1, 2), "bf16")
+    for plain, recomputed in found.values():
+        assert recomputed < plain
+    # What grows is more than what the VAE alone takes, and what does not is at least the weights.
+    growth = found[2][0] - found[1][0]
+    with mock.patch.object(models, "attention", F.scaled_dot_product_attention):
+        one = sizes.vae_memory(False, 1, "bf16")
+        two = sizes.vae_memory(False, 2, "bf16")
+    assert growth > two - one
+    assert found[1][0] - growth > 16 * sizes.parameter_counts()["VAE f16d32 and mapper"]
 
 
 @pytest.mark.parametrize("attention", [models.attention, speed.plain_attention])
