@@ -2,6 +2,7 @@
 run that is short of memory says what helps."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 import train_sit
 import train_vae
+from bench import reproduce
 from common import processes, training
 from common.runs import load_checkpoint
-from conftest import VAE, read_metrics, refused, same_state, script, torchrun
+from conftest import ROOT, VAE, read_metrics, refused, same_state, script, torchrun
 from small_memory import SmallMemory
+from study import paper
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,28 @@ def test_a_run_that_is_short_of_memory_says_what_helps(error, words, inside, cap
     assert "Traceback" not in printed
     assert printed.count("train_vae.py: error:") == 1
     assert all(flag in printed for flag in ("--accum", "--grad-checkpoint", "--batch-size"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What docs/reproduce.md states
+
+
+def test_the_page_on_reproducing_states_what_its_command_prints(capsys):
+    """Without the tables that take half a minute: those of memory and hours."""
+    reproduce.print_network()
+    reproduce.print_disk()
+    page = pathlib.Path(ROOT, "docs", "reproduce.md").read_text()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert all(line in page for line in lines)
+    for command in paper.commands("system", paper.TABLES["system"][0]):
+        assert command in page
+
+
+def test_memory_is_a_line_and_auto_is_its_first_number_of_passes_that_fits():
+    line = reproduce.line_through((8, 10.0), (16, 18.0))
+    assert line.at(0) == 2
+    assert line.at(128) == 130
+    assert reproduce.passes_that_fit(line, 128, 66 / (1 - training.SPARE)) == 2
+    assert reproduce.passes_that_fit(line, 128, 66) == 4
+    assert reproduce.passes_that_fit(line, 128, 2) is None
