@@ -534,7 +534,8 @@ def ssim(a, b, data_range=255):
 class ArraySet:
     """The pictures of an .npz under ImageSet's names. They are read when they are asked for.
 
-    names: range over the pictures, empty if there is no arr_0. labels: (N,) or None.
+    names: range over the pictures, empty if there is no arr_0. labels: (N,) or None. classes: their
+    names, a list, or None.
     statistics: those of Inception's features that the file holds, {name: float64 tensor}.
     settings: what sample.py recorded, or None. fingerprint: hash of the arrays' names, sizes and
     checksums; open_npz has compared the checksums with the data. smallest, largest: the shorter
@@ -555,6 +556,9 @@ class ArraySet:
             if "arr_0" in self.file:
                 self.open_pictures()
             self.labels = self.read_labels()
+            self.classes = None
+            if "classes" in self.file:
+                self.classes = [str(name) for name in self.file["classes"].flat]
             members = self.file.zip.infolist()
         self.names = range(self.shape[0])
         self.smallest = self.largest = min(self.shape[1:3])
@@ -684,6 +688,8 @@ class Pictures:
                 "fewest": int(counts.min()),
                 "most": int(counts.max()),
             }
+            if self.set.classes is not None:
+                self.record["labels"]["names"] = self.set.classes
 
     def only_size(self):
         """The shorter side of all pictures. Raises UserError if they are of several sizes."""
@@ -792,12 +798,9 @@ def read_statistics(path, device):
 
 def cached_statistics(net, pictures, keep, workers):
     """collect(...) of a whole set, or what an earlier run kept of it under runs/cache."""
-    times = []
-    if pictures.folder:
-        # The fingerprint of a folder does not notice a picture that was overwritten by one of
-        # the same size in bytes.
-        times = [os.stat(pictures.set.path(i)).st_mtime_ns for i in pictures.chosen]
-    key = json.dumps([pictures.record, times, keep, net.about])
+    # What the pictures are counts, not where they are.
+    record = {name: value for name, value in pictures.record.items() if name != "path"}
+    key = json.dumps([record, keep, net.about])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = os.path.join("runs", "cache", f"fid-{digest}.pt")
 

@@ -286,6 +286,8 @@ def load_pair(sit_path, vae_path, device, ema=True, form="auto"):
             f"(hash {sit.info['vae_hash']}, then at {sit.info['vae_path']}): "
             "its latents mean something else; name the right one with --vae"
         )
+    # It may have been trained at another resolution than the VAE.
+    vae.set_resolution(sit.latent_size * vae.factor)
     # Those that the SiT was trained with count, where its file holds any.
     if sit.info.get("latent_mean"):
         decode_std = sit.info.get("latent_decode_std")
@@ -445,7 +447,8 @@ def draw_blocks(sit, vae, blocks, args, device, precision):
 
 
 def draw_npz(sit, vae, args, device, precision, settings):
-    """Draw --num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON.
+    """Draw --num pictures into args.out: arr_0 uint8 (N,H,W,3), labels (N,), settings as JSON,
+    and the names of the classes where they are known.
 
     The pictures are collected in the folder <out>.parts. Each finished block of --batch-size
     pictures is marked there, so that a killed process loses at most the block it was drawing.
@@ -481,9 +484,23 @@ def draw_npz(sit, vae, args, device, precision, settings):
     if rank() == 0:
         labels = set_labels(args.labels, torch.arange(args.num), sit.num_classes, args.seed).numpy()
         with writing(args.out) as file:
-            np.savez(file, arr_0=pictures, labels=labels, settings=np.array(json.dumps(settings)))
+            np.savez(
+                file,
+                arr_0=pictures,
+                labels=labels,
+                settings=np.array(json.dumps(settings)),
+                **class_names(sit),
+            )
         shutil.rmtree(parts)
         say(f"{args.num} pictures: {args.out}")
+
+
+def class_names(sit):
+    """{"classes": array of a name for each label} where the SiT's file has them, else {}."""
+    names = [str(name) for name in sit.info.get("classes") or []]
+    if len(names) != sit.num_classes:
+        return {}
+    return {"classes": np.array(names)}
 
 
 def class_folders(sit):

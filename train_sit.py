@@ -40,7 +40,14 @@ from common.flags import (
     share_batch,
     wants_compile,
 )
-from common.pictures import ImageSet, PictureBlocks, TrainingBatches, from_uint8, load_batches
+from common.pictures import (
+    ImageSet,
+    PictureBlocks,
+    TrainingBatches,
+    from_uint8,
+    load_batches,
+    say_if_enlarged,
+)
 from common.processes import (
     Watch,
     autocast,
@@ -96,6 +103,11 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("latents")
     group.add_argument(
         "--vae", help="vae.safetensors or run folder (default: the newest under runs/)"
+    )
+    group.add_argument(
+        "--resolution",
+        type=positive,
+        help="side of the square picture, pixels (default: the VAE's)",
     )
     group.add_argument("--cache", help="folder for the latents (default: the VAE's)")
     group.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
@@ -274,8 +286,8 @@ def cache_latents(vae, data, args, device, precision):
     the work, and a rerun after a kill continues with the blocks that are missing. Returns the
     folder with latents.npy: fp16 (N,S,2,C,h,w), S = 2 sides (1 with --no-flip), then mean and std.
 
-    The folder's name holds the VAE's hash, the pictures' fingerprint and the precision, so another
-    VAE, list of pictures or precision has another cache.
+    The folder's name holds the VAE's hash, the pictures' fingerprint, their resolution and the
+    precision, so another VAE, list of pictures, resolution or precision has another cache.
     """
     sides = 2 if args.flip else 1
     folder = cache_folder(vae, data, args, precision)
@@ -306,7 +318,8 @@ def cache_latents(vae, data, args, device, precision):
 
 def cache_folder(vae, data, args, precision):
     """The folder for the latents of these pictures by this VAE."""
-    name = f"latents-{vae.info['hash'][:8]}-{data.fingerprint[:8]}-{precision}"
+    hashes = f"{vae.info['hash'][:8]}-{data.fingerprint[:8]}"
+    name = f"latents-{hashes}-{vae.resolution}-{precision}"
     if not args.flip:
         name += "-noflip"
     return os.path.join(args.cache or os.path.dirname(vae.info["path"]), name)
@@ -572,6 +585,8 @@ def load_data(args, device, precision):
         newest_result("vae.safetensors", "VAE", "python train_vae.py")
     )
     vae = load_vae(args.vae, device).to(memory_format=conv_memory_format(device, precision))
+    vae.set_resolution(args.resolution or vae.resolution)
+    args.resolution = vae.resolution
     # Another VAE is another setting, which `resume` refuses.
     args.vae_hash = vae.info["hash"]
     data = ImageSet(args.data, args.check_data, args.skip_bad)
@@ -579,6 +594,7 @@ def load_data(args, device, precision):
         f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; "
         f"VAE {args.vae}, hash {args.vae_hash}"
     )
+    say_if_enlarged(data, vae.resolution)
     folder = cache_latents(vae, data, args, device, precision)
     if vae.info.get("latent_statistics") == NO_STATISTICS:
         measure_statistics(vae, folder)

@@ -35,7 +35,14 @@ from common.flags import (
     wants_compile,
     whole_number,
 )
-from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches, to_uint8
+from common.pictures import (
+    ImageSet,
+    TrainingBatches,
+    from_uint8,
+    load_batches,
+    say_if_enlarged,
+    to_uint8,
+)
 from common.processes import (
     Watch,
     autocast,
@@ -658,11 +665,7 @@ def load_data(args):
     data = ImageSet(args.data, args.check_data, args.skip_bad)
     val_data = ImageSet(args.val) if args.val else None
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}")
-    if data.smallest < args.resolution:
-        say(
-            f"note: some pictures are smaller than {args.resolution} pixels (the smallest "
-            f"{data.smallest}) and are enlarged"
-        )
+    say_if_enlarged(data, args.resolution)
     others = None
     if args.shuffle_targets:
         partner = np.random.default_rng(args.seed).permutation(len(data))

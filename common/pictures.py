@@ -420,7 +420,8 @@ class ImageSet:
     names: bytes (N,), relative to root, sorted. labels: int64 (N,), indices into classes.
     classes: list of folder names; those that are all numbers are sorted by number. smallest,
     largest: of the pictures' shorter sides, in pixels. bad: indices of those that cannot be read.
-    fingerprint: hash of the files' names, sizes, and first and last few KiB.
+    sizes: int64 (N,), bytes of the files. checksums: uint64 (N,), of their first and last few KiB.
+    fingerprint: hash of names, sizes and checksums.
 
     check_data: every picture is decoded once, before it is used.
     skip_bad: a picture that cannot be read is replaced by another one of its class; else it is a
@@ -561,11 +562,13 @@ class ImageSet:
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([label_of[name] for name in class_names], np.int64)
         self.names = table["names"]
+        self.sizes = table["states"][:, 0]
+        self.checksums = table["checksums"]
         readable = table["sides"] > 0
         self.bad = set(np.flatnonzero(~readable).tolist())
         self.smallest = int(table["sides"][readable].min())
         self.largest = int(table["sides"][readable].max())
-        self.fingerprint = fingerprint_of(files, table["states"][:, 0], table["checksums"])
+        self.fingerprint = fingerprint_of(files, self.sizes, self.checksums)
         self.left_out = left_out
 
     def refuse_another_copy(self):
@@ -645,6 +648,15 @@ class ImageSet:
         """Indices of b pictures -> uint8 (b,3,size,size)."""
         pictures = np.stack([self.load(i, size) for i in indices])  # (b,size,size,3)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def say_if_enlarged(data, size):
+    """Says if some pictures of a set are enlarged to `size` pixels."""
+    if data.smallest < size:
+        say(
+            f"note: some pictures are smaller than {size} pixels (the smallest {data.smallest}) "
+            "and are enlarged; --resolution sets another size"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ near the end, says which reader is used for which folder.
 """
 
 import glob
-import hashlib
 import os
 
 import numpy as np
 import torch
 
-from common.archives import Place
+from common.contents import fingerprint_of, sizes_and_checksums
 from common.files import UserError
 from common.pictures import IMAGE_TYPES, ImageSet, load_image
 
@@ -35,22 +34,26 @@ class Benchmark:
     targets: attributes, int8 (N,A) of 1, 0, and -1 for unknown; or classes, int64 (N,).
     attributes: list of A names, or of the classes' names.
     skipped: number of annotated pictures that are absent.
-    fingerprint: 16 hexadecimal digits, of the names and sizes of the files in their order. Cached
+    fingerprint: 16 hexadecimal digits, of the files' names, sizes and ends in their order. Cached
     features are found by it.
     about: what result.json records."""
 
-    def __init__(self, name, folder, names, split, targets, attributes, args, sources=None):
+    def __init__(self, name, folder, names, split, targets, attributes, args, sets=()):
         """names, split (N,), targets (N,A) or (N,): all annotated pictures in any order, with 0, 1
-        or 2 for training, validation or test. sources: where load_image finds them, if not at
-        folder/name.
+        or 2 for training, validation or test. sets: the ImageSets that
+        hold them one after the other, if any.
 
         Of the training pictures, a choice of at most args.train_images is kept, which depends on
         args.seed alone. Raises UserError if a picture is absent, unless args.skip_missing is set,
         and if a split is empty."""
         split = np.array(split)
-        if sources is None:
+        if sets:
+            sources = [data.source(i) for data in sets for i in range(len(data))]
+            sizes = np.concatenate([data.sizes for data in sets])
+            checksums = np.concatenate([data.checksums for data in sets])
+        else:
             sources = [os.path.join(folder, name) for name in names]
-        sizes = file_sizes(sources)
+            sizes, checksums = sizes_and_checksums(folder, names)
         missing = np.flatnonzero(sizes < 0)
         if len(missing) > 0 and not args.skip_missing:
             raise UserError(
@@ -84,10 +87,7 @@ class Benchmark:
         self.targets = np.asarray(targets)[order]
         self.attributes = list(attributes)
         self.skipped = len(missing)
-        files = "\n".join(f"{names[i]} {sizes[i]}" for i in order)
-        # A file's name need not be valid UTF-8.
-        files = files.encode(errors="surrogateescape")
-        self.fingerprint = hashlib.sha256(files).hexdigest()[:16]
+        self.fingerprint = fingerprint_of(self.names, sizes[order], checksums[order])
         self.about = {
             "folder": folder,
             "fingerprint": self.fingerprint,
@@ -100,18 +100,6 @@ class Benchmark:
         """Indices of n pictures -> uint8 (n,3,size,size)."""
         pictures = np.stack([load_image(self.sources[i], size) for i in indices])  # (n,size,size,3)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-
-def file_sizes(sources):
-    """Sizes in bytes, int64 (N,), of files, given by their paths or Places; -1 for a file that is
-    absent."""
-    sizes = np.full(len(sources), -1)
-    for i, source in enumerate(sources):
-        if isinstance(source, Place):
-            sizes[i] = source.size
-        elif os.path.isfile(source):
-            sizes[i] = os.path.getsize(source)
-    return sizes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,14 +404,12 @@ def read_classes(root, args):
     if len(sets) == 2:
         is_test = np.arange(len(labels)) >= len(sets[0])
     names = []
-    sources = []
     for pictures in sets:
         subfolder = os.path.relpath(pictures.root, root)
         names += [os.path.join(subfolder, os.fsdecode(name)) for name in pictures.names]
-        sources += map(pictures.source, range(len(pictures)))
     name = f"{os.path.basename(root)} classes"
     split = seeded_split(labels, is_test, args.seed)
-    return Benchmark(name, root, names, split, labels, classes, args, sources)
+    return Benchmark(name, root, names, split, labels, classes, args, sets)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,18 +1,27 @@
 """On which data and with which flags a run may be resumed: what has changed is refused or said."""
 
+import glob
 import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+import sample
 import train_sit
 import train_vae
 from common.files import UserError, write_weights
 from common.pictures import ImageSet
 from common.runs import resume, save_checkpoint, training_state
+from common.weights import load_sit
 from conftest import PLAIN_VAE, SIT, refused, script
+from fid import Pictures
+from probing.benchmarks import read_folder
+from tools.pictures import draw_pictures
 
 NO_SUMS = SimpleNamespace(sums=lambda: dict(bad_steps=0, sums={}, counts={}))
 
@@ -144,3 +153,59 @@ def test_the_stages_record_and_compare(folder, capsys):
     assert "'a' of its 2 are gone" in refused(capsys, train_sit, *words, "--lr", 1e-4)
     message = refused(capsys, train_vae, *PLAIN_VAE, "--data", "p", "--steps", 2)
     assert "runs/vae holds a run on other data" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# Other things that are kept and used again
+
+
+def test_stage_2_at_another_resolution_than_the_vae(folder, capsys):
+    """The pictures have 40 pixels at their shorter side; the VAE is one for 64."""
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1, "--resolution", 64)
+    note = "note: some pictures are smaller than 64 pixels (the smallest 40) and are enlarged"
+    assert note in capsys.readouterr().out
+    words = [*SIT, "--repa", 0, "--data", "p", "--steps", 1]
+    script(train_sit, *words, "--out", "large")
+    assert note in capsys.readouterr().out
+    script(train_sit, *words, "--resolution", 32, "--out", "small")
+    assert "enlarged" not in capsys.readouterr().out
+    assert load_sit("large").latent_size == 16
+    assert load_sit("small").latent_size == 8
+    for run, size in (("large", 64), ("small", 32)):
+        script(sample, "--sit", run, "--num", 4, "--steps", 2, "--precision", "fp32")
+        with np.load(f"{run}/samples.npz") as file:
+            assert file["arr_0"].shape == (4, size, size, 3)
+            assert file["classes"].tolist() == ["a", "b"]
+    assert Pictures("small/samples.npz").record["labels"]["names"] == ["a", "b"]
+    message = refused(capsys, train_sit, *words, "--resolution", 30, "--out", "odd")
+    assert "resolution 30 is not divisible by the VAE's factor 4" in message
+
+
+def test_features_of_pictures_that_were_written_over_are_not_used_again(inside):
+    """Benchmarks and references are found by what their files hold, not by where they are."""
+    draw_pictures("d", size=16, per_class=20)
+    path = glob.glob("d/train/*/*")[0]
+    save_with_text(path, "0")
+    size = os.path.getsize(path)
+    args = SimpleNamespace(
+        data=["d"], task=["attributes", "classes"], train_images=10**6, seed=0, skip_missing=False
+    )
+    before = [benchmark.fingerprint for benchmark in read_folder("d", args)]
+    reference = Pictures("d/train", size=16).record["hash"]
+    shutil.copytree("d", "copy")
+    assert [benchmark.fingerprint for benchmark in read_folder("copy", args)] == before
+    assert Pictures("copy/train", size=16).record["hash"] == reference
+
+    save_with_text(path, "1")
+    assert os.path.getsize(path) == size
+    after = [benchmark.fingerprint for benchmark in read_folder("d", args)]
+    assert len(after) == len(before) == 2
+    assert not set(after) & set(before)
+    assert Pictures("d/train", size=16).record["hash"] != reference
+
+
+def save_with_text(path, text):
+    """Writes a PNG anew, with a text in it."""
+    info = PngInfo()
+    info.add_text("number", text)
+    Image.open(path).save(path, pnginfo=info)
