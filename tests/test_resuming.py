@@ -21,6 +21,7 @@ from common.weights import load_sit
 from conftest import PLAIN_VAE, SIT, refused, script
 from fid import Pictures
 from probing.benchmarks import read_folder
+from tools import caches
 from tools.pictures import draw_pictures
 
 NO_SUMS = SimpleNamespace(sums=lambda: dict(bad_steps=0, sums={}, counts={}))
@@ -209,3 +210,36 @@ def save_with_text(path, text):
     info = PngInfo()
     info.add_text("number", text)
     Image.open(path).save(path, pnginfo=info)
+
+
+def test_old_latents_are_listed_and_removed(folder, capsys):
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
+    words = [*SIT, "--repa", 0, "--data", "p", "--steps", 1]
+    script(train_sit, *words, "--out", "one")
+    [of_before] = glob.glob("runs/vae/latents-*")
+    save_with_text("p/a/00.png", "other pictures")
+    script(train_sit, *words, "--out", "two")
+    [in_use] = set(glob.glob("runs/vae/latents-*")) - {of_before}
+    os.makedirs("elsewhere/latents-aaaaaaaa-bbbbbbbb-fp32")
+    shutil.copy(f"{in_use}/latents.npy", "elsewhere/latents-aaaaaaaa-bbbbbbbb-fp32")
+    capsys.readouterr()
+
+    script(caches, "--cache", "elsewhere")
+    lines = {line.split()[3]: line for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert lines[of_before].endswith("old: of pictures that runs/cache does not know")
+    assert "old" not in lines[in_use]
+    assert "older version" in lines["elsewhere/latents-aaaaaaaa-bbbbbbbb-fp32"]
+
+    script(caches, "--remove-old")
+    assert glob.glob("runs/vae/latents-*") == [in_use]
+    assert f"removed   {of_before}" in capsys.readouterr().out
+    assert "no folder of latents" in refused(capsys, caches, "--remove", "p")
+    shutil.copy("p/a/00.png", in_use)
+    assert "'00.png', which is not ours" in refused(capsys, caches, "--remove", in_use)
+    os.remove(f"{in_use}/00.png")
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1, "--seed", 1, "--overwrite")
+    capsys.readouterr()
+    script(caches)
+    assert "old: of another VAE" in capsys.readouterr().out
+    script(caches, "--remove", in_use)
+    assert not os.path.exists(in_use)
