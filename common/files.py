@@ -302,7 +302,7 @@ def load_around_foreign(source, path, is_zip):
     source: `path`, or the bytes of a checkpoint that is no zip file as a binary file."""
     uses = uses_of_globals(read_pickles(source, is_zip))
     foreign = refused_globals(uses)
-    stand_ins = [(stand_in_for(uses[name]), name) for name in foreign]
+    stand_ins = [stand_in_for(name, uses[name]) for name in foreign]
     # Many published checkpoints also hold the arguments of their training, which are plain data.
     with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
         try:
@@ -316,10 +316,12 @@ def load_around_foreign(source, path, is_zip):
     return content, foreign
 
 
-def stand_in_for(use):
-    """A new class that stands in for one global. use: what is done with it, of uses_of_globals."""
+def stand_in_for(path, use):
+    """A new class that stands in for the global "module.name", under its name.
+    use: what is done with it, of uses_of_globals."""
     base = dict(SETITEM=DictStandIn, APPEND=ListStandIn).get(use, StandIn)
-    return type(base.__name__, (base,), {})
+    module, name = path.rsplit(".", 1)
+    return type(name, (base,), dict(__module__=module))
 
 
 def read_pickles(source, is_zip):

@@ -181,7 +181,8 @@ def vae_assumptions(statistics, config, settings):
     assumptions = [statistics.assumed]
     if config["ch"] < 128 and not settings:
         # A VAE of ours this narrow has other groups.
-        assumptions.append(f"norms of {config['groups']} groups, which no shape shows")
+        groups = config["groups"]
+        assumptions.append(f"norms of {groups} groups are assumed, which no shape shows")
     return "; ".join(filter(None, assumptions)) or None
 
 

@@ -79,7 +79,7 @@ def describe_network(kind, net):
             lines.append(f"to decode     {rounded(net.decode_std)}")
     for key, value in net.info.items():
         # The arguments and the names of the classes would fill the screen.
-        if key not in ("path", "hash", "arguments", "classes"):
+        if value is not None and key not in ("path", "hash", "arguments", "classes"):
             lines.append(f"{key:13} {value}")
     return "\n".join(lines)
 
