@@ -487,7 +487,7 @@ def read_parts():
             contextlib.redirect_stderr(io.StringIO()),  # the progress bar
         ):
             sample.draw_set(
-                types.SimpleNamespace(num_classes=3),
+                types.SimpleNamespace(num_classes=3, info={}),
                 types.SimpleNamespace(resolution=8),
                 SET_ARGUMENTS,
                 torch.device("cpu"),
