@@ -47,16 +47,16 @@ SIZE = 32
 # the training of networks as small as these.
 VAE_FLAGS = f"""--resolution {SIZE} --spec f4d4 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1
     --recon l1 --lpips 0 --gan 0 --mapper-patch 2 --mapper-width 128 --mapper-hidden 256
-    --steps 1000 --batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup 50 --ema 0.98
-    --stats-images 2000 --val-images 400 --precision fp32 --workers 1 --no-compile"""
+    --steps 600 --batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup 50 --ema 0.98
+    --stats-images 1000 --val-images 400 --precision fp32 --workers 1 --no-compile"""
 
 # A small SiT without REPA, so that the two SiTs differ in nothing but their latents.
-SIT_FLAGS = """--patch 2 --depth 6 --width 128 --heads 4 --repa 0 --no-flip
-    --steps 2000 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup 50 --ema 0.995
+SIT_FLAGS = """--patch 2 --depth 4 --width 128 --heads 4 --repa 0 --no-flip
+    --steps 2400 --batch-size 32 --lr 3e-3 --lr-schedule cosine --warmup 50 --ema 0.995
     --preview-n 2 --preview-steps 20 --precision fp32 --workers 1 --no-compile"""
 
-# 40 steps of the ODE, with guidance all the way from noise to data.
-SAMPLE_FLAGS = """--num 240 --batch-size 60 --sampler ode --steps 40 --cfg 4 --interval 0 1
+# 25 steps of the ODE, with guidance all the way from noise to data.
+SAMPLE_FLAGS = """--num 240 --batch-size 60 --sampler ode --steps 25 --cfg 4 --interval 0 1
     --precision fp32 --no-compile"""
 
 

@@ -143,7 +143,7 @@ def fit(data, size, path, steps=400, batch=64, peak=4e-3):
     save(model, path)
 
 
-def fit_judge(data, held_out, size, path, steps=300, batch=64, peak=4e-3):
+def fit_judge(data, held_out, size, path, steps=250, batch=64, peak=4e-3):
     """Trains the judge on the classes of an ImageSet, and writes its weights. The share of the
     ImageSet `held_out` that it classifies correctly is printed."""
     pictures = data.stack(range(len(data)), size)
