@@ -63,10 +63,10 @@ SAMPLE_FLAGS = """--num 240 --batch-size 60 --sampler ode --steps 25 --cfg 4 --i
 # What each chapter takes on 2 cores with AVX2.
 SECONDS = {
     "Pictures": 4,
-    "Vision model and judge": 20,
-    "Stage 1, the VAEs": 100,
-    "Stage 2, the SiTs": 100,
-    "Samples": 20,
+    "Vision model and judge": 15,
+    "Stage 1, the VAEs": 60,
+    "Stage 2, the SiTs": 130,
+    "Samples": 15,
 }
 
 
