@@ -90,7 +90,7 @@ def test_a_loader_that_the_system_kills_is_named_in_a_sentence():
     blocks = PictureBlocks(kill_itself, 8, 16, 4)
     with pytest.raises(RuntimeError) as caught:
         list(load_batches(blocks, range(4), 1, CPU))
-    sentence = sentence_for_user(caught.value)
+    sentence = sentence_for_user(caught.value, "")
     assert sentence.startswith("error: DataLoader worker (pid")
     assert "lower --workers" in sentence
 
