@@ -245,11 +245,12 @@ def list_folder(root, folder):
     folders = []
     left_out = collections.Counter()
     path = os.path.normpath(os.path.join(root, folder))
+    prefix = "" if folder == "." else folder + os.sep
     refuse_endless_link(path)
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                name = os.path.normpath(os.path.join(folder, entry.name))
+                name = prefix + entry.name
                 if entry.name.startswith(".") or entry.name in HIDDEN:
                     left_out["hidden"] += 1
                 elif entry.is_dir():
