@@ -145,11 +145,15 @@ def test_a_machine_without_a_compiler_gets_a_sentence(capsys, monkeypatch):
         assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("name", "terms"), [("vae", VAE_TERMS), ("sit", SIT_TERMS)])
-def test_two_compiled_processes_have_the_losses_of_an_eager_one(eager, inside, name, terms):
+@pytest.mark.parametrize(
+    ("name", "terms", "flags"),
+    [("vae", VAE_TERMS, []), ("sit", SIT_TERMS, ["--grad-checkpoint"])],
+)
+def test_two_compiled_processes_have_the_losses_of_an_eager_one(eager, inside, name, terms, flags):
+    """With gradient checkpointing, torch 2.6 and 2.8 could not compile the SiT's step."""
     folder, words = eager
     stage = f"train_{name}"
-    own = ["--compile", "--out", "compiled"]
+    own = ["--compile", *flags, "--out", "compiled"]
     torchrun(2, "tests/aot_eager", stage, *words[name], *own, cwd=inside)
     assert_same_losses("compiled", folder / name, terms, 1e-4)
 
