@@ -37,7 +37,7 @@ from PIL import Image
 
 from bench import speed
 from bench.evaluators import random_inception
-from common import processes
+from common import processes, training
 from common.draws import normal, random_bits, uniform
 from common.files import UserError, write_json, write_weights
 from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches
@@ -244,6 +244,30 @@ def resume(options, stage, flags=""):
     yield {"tensors": len(whole), "differ when run twice": unrepeatable, "when resumed": differ}
     require(unrepeatable == 0, "two equal runs differ, so nothing can be said of resuming")
     require(differ == 0, f"{differ} of {len(whole)} tensors differ after resuming")
+
+
+def passes_found(options):
+    """--accum auto, where a pass with all pictures exceeds the memory that this process may use:
+    the run has the losses of one that was given that number of passes."""
+    flags = f"{WITHOUT_KINKS} --batch-size {8 if options.tiny else 256}"
+    train(options, "vae", "unlimited", 1, flags, "--accum 1")
+    limit = None
+    if options.device == "cuda":
+        # Activations take nearly all of it.
+        limit = int(0.6 * torch.cuda.max_memory_allocated())
+        total = torch.cuda.get_device_properties(0).total_memory
+        free_memory(torch.device("cuda"))
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+    with mock.patch.object(training, "memory_limit", lambda device: limit):
+        found = train(options, "vae", "found", 3, flags)
+    with open("found/config.json") as file:
+        passes = json.load(file)["arguments"]["accum"]
+    yield {"memory allowed, GB": (limit or 0) / 1e9, "passes": passes}
+    require(passes > 1 or limit is None, "a limit of 0.6 times the memory of a pass was not met")
+    given = train(options, "vae", "given", 3, flags, f"--accum {passes}")
+    largest = deviation(found, given)
+    yield {"largest deviation": largest}
+    require(largest <= 1e-3, f"the losses deviate by {largest:.2g}")
 
 
 def tensors_in(state, name=""):
@@ -645,6 +669,7 @@ def correctness_checks(steps):
         check("sit-XL/1-fits", sit_speed, 150, **sit_XL, compile=True, repeats=0),
         check("vae-bf16", same_curve, 60, stage="vae", flags=smooth, second=bf16, **rough),
         check("sit-bf16", same_curve, 60, stage="sit", second=bf16, **rough),
+        check("vae-passes", passes_found, 60),
         check("vae-resumed", resume, 60, stage="vae", flags="--lpips 0"),
         check("sit-resumed", resume, 60, stage="sit"),
         check("moved-run", moved_run, 60, tolerance=1e-3),

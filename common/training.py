@@ -254,13 +254,14 @@ def settle_passes(args, device, first_batch, backward, trained, optimizer):
         return
     batch = {name: value.to(device) for name, value in first_batch().items()}
     count = len(batch["position"])
-    for args.accum in pass_counts(count):
-        parts = passes(batch, args.accum)
+    for number in pass_counts(count):
+        args.accum = number
+        parts = passes(batch, number)
         with without_trace(trained, optimizer, device):
             fits = fits_memory(parts, backward, optimizer, int(SPARE * memory), device)
         if fits:
-            pictures = f"{count // args.accum} pictures a pass"
-            say(f"memory    --accum {args.accum}, the fewest passes that fit: {pictures}")
+            pictures = f"{count // number} pictures a pass"
+            say(f"memory    --accum {number}, the fewest passes that fit: {pictures}")
             return
     raise UserError(
         "not even one picture a pass fits into the memory of every GPU; pass --grad-checkpoint, or "
