@@ -636,8 +636,20 @@ def list_checks(options):
         *speed_checks(),
     ]
     if options.tiny:
-        # These differ from others in a batch size, a number of workers or a flag of cuDNN only.
-        repeated = {"vae-fits", "vae-64", "vae-64-eager", "vae-32-benchmark", "loaders-16"}
+        # These differ from others in sizes, workers, a flag of cuDNN or compilation only. (The
+        # operations of a compiled step are counted in an eager one.)
+        repeated = {
+            "vae-compiled",
+            "vae-fits",
+            "sit-XL/1-fits",
+            "vae-64",
+            "vae-64-eager",
+            "vae-32-no-benchmark",
+            "sit-XL/1-32-eager",
+            "sit-XL/2-32",
+            "loaders-16",
+            "decode",
+        }
         checks = [check for check in checks if check.name not in repeated]
         # A rehearsal may share its cores with other work.
         checks = [check._replace(limit=5 * check.limit) for check in checks]
