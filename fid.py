@@ -908,16 +908,27 @@ class TrainingLatents:
     """The latents of training pictures, as rows (n,D): encoded, or from the cache of stage 2.
 
     pictures: Pictures. They have float16's rounding, which stage 2's cache has, so the two sources
-    give the same numbers. precision: "bf16" or "fp32", of the encoder.
+    give the same numbers. precision: "bf16" or "fp32", of the encoder. source, cached: what
+    find_cached_latents returned.
     """
 
-    def __init__(self, vae, pictures, device, workers=None, precision="fp32"):
+    def __init__(
+        self,
+        vae,
+        pictures,
+        device,
+        workers=None,
+        precision="fp32",
+        source="encoded",
+        cached=None,
+    ):
         self.vae = vae
         self.pictures = pictures
         self.device = device
         self.workers = workers
         self.precision = precision
-        self.source, self.cached = find_cached_latents(vae, pictures)
+        self.source = source
+        self.cached = cached
 
     def rows(self, positions):
         """This process's share of the rows at any positions in the set, int64 (M,), by blocks.
@@ -1317,7 +1328,8 @@ def measure_interpolations(args, vae, net, held_out, reference, path):
     begin = time.time()
     training = Pictures(args.interpolate, None, args.size, args.batch_size)
     say_other_sizes(args.interpolate, training.set, args.size)
-    latents = TrainingLatents(vae, training, vae.latent_mean.device, args.workers)
+    found = find_cached_latents(vae, training)
+    latents = TrainingLatents(vae, training, vae.latent_mean.device, args.workers, "fp32", *found)
     say(f"training  {training.path}: {training.count} pictures, latents: {latents.source}")
     between = Interpolations(vae, held_out, latents)
     statistics = collect(net, between.batches(), held_out.count)

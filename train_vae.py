@@ -83,6 +83,8 @@ FREE = {
     "lpips_weights",
     "init",
     "init_disc",
+    "ifid_every",
+    "ifid_train",
     "probe_every",
     "probe_data",
 }
@@ -197,6 +199,18 @@ def parse_arguments(argv=None):
         help="for the final latent statistics (default: all; 4000 at checkpoints)",
     )
     group.add_argument(
+        "--ifid-every",
+        type=whole_number,
+        default=0,
+        help="steps between iFIDs of --fid-num pictures of --val (see fid.py); 0: never",
+    )
+    group.add_argument(
+        "--ifid-train",
+        type=positive,
+        default=50000,
+        help="pictures of --data, evenly spaced, whose latents are their neighbours",
+    )
+    group.add_argument(
         "--probe-every",
         type=whole_number,
         default=0,
@@ -226,10 +240,10 @@ def check_arguments(args):
     """Refuses flags that contradict each other, and settles those that others decide."""
     if args.freeze and args.align == "none":
         raise UserError("--freeze trains the mapper only, but --align none builds none")
-    if args.fid_every and not args.val:
+    if (args.fid_every or args.ifid_every) and not args.val:
         raise UserError(
-            "--fid-every measures reconstructions of held-out pictures: name their folder with "
-            "--val"
+            "--fid-every and --ifid-every measure reconstructions of held-out pictures: name their "
+            "folder with --val"
         )
     if args.probe_every and not args.probe_data:
         raise UserError("--probe-every needs --probe-data, a benchmark's folder")
@@ -484,15 +498,21 @@ def other_pictures(data, partner, size, index, flip):
     return dict(other=data.stack(partner[index], size))
 
 
-def build_measurements(args, val_data, device, precision):
-    """The measurements of --probe-every and --fid-every: [(every so many steps, function)], each
-    function from a VAE to {name: float}, which is empty on all processes but the first."""
+def build_measurements(args, data, val_data, device, precision):
+    """The measurements of --probe-every, --fid-every and --ifid-every: [(every so many steps,
+    function)], each function from a VAE to {name: float}, which is empty on all processes but the
+    first."""
     measurements = []
     if args.probe_every:
         measurements.append((args.probe_every, attribute_probe(args, precision)))
+    if args.fid_every or args.ifid_every:
+        measure, held_out = held_out_measure(args, len(val_data), device)
     if args.fid_every:
-        rfid = reconstruction_fid(args, len(val_data), device, precision)
+        rfid = reconstruction_fid(measure, held_out, args, device, precision)
         measurements.append((args.fid_every, rfid))
+    if args.ifid_every:
+        ifid = interpolation_fid(measure, held_out, data, args, device, precision)
+        measurements.append((args.ifid_every, ifid))
     return measurements
 
 
@@ -506,15 +526,20 @@ def attribute_probe(args, precision):
     return training_probe(args.probe_data, args.resolution, precision)
 
 
-def reconstruction_fid(args, available, device, precision):
-    """rFID of reconstructions of the `available` held-out pictures, or --fid-num of them."""
+def held_out_measure(args, available, device):
+    """fid.training_measure against --fid-ref; and the held-out pictures that are measured: all the
+    `available` ones, or --fid-num of them."""
     # Imported here because most runs do without Inception.
     from fid import Pictures, training_measure
 
     measure = training_measure(
         args.fid_ref or args.val, device, args.inception_weights, args.resolution, args.workers
     )
-    held_out = Pictures(args.val, min(args.fid_num, available), args.resolution)
+    return measure, Pictures(args.val, min(args.fid_num, available), args.resolution)
+
+
+def reconstruction_fid(measure, held_out, args, device, precision):
+    """rFID of the held-out pictures."""
 
     def reconstructions(vae):
         """This process's share: indices (b,) and reconstructions uint8 (b,3,H,W)."""
@@ -528,6 +553,26 @@ def reconstruction_fid(args, available, device, precision):
         return {f"r{name}": value for name, value in values.items() if name == "fid"}
 
     return rfid
+
+
+def interpolation_fid(measure, held_out, data, args, device, precision):
+    """iFID of the held-out pictures, each joined with a neighbour among --ifid-train pictures."""
+    from fid import Interpolations, Pictures, TrainingLatents
+
+    training = Pictures(args.data, min(args.ifid_train, len(data)), args.resolution)
+
+    def ifid(vae):
+        count = min(4000, len(data))
+        mean, std = latent_statistics(vae, data, args.resolution, count, args, device, precision)
+        # The next step overwrites these buffers with those of the trained network.
+        vae.latent_mean.copy_(mean)
+        vae.latent_std.copy_(std)
+        latents = TrainingLatents(vae, training, device, args.workers, precision)
+        between = Interpolations(vae, held_out, latents)
+        values = measure(between.batches(), held_out.count)
+        return {f"i{name}": value for name, value in values.items() if name == "fid"}
+
+    return ifid
 
 
 @torch.no_grad()
@@ -702,7 +747,7 @@ def main():
     # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
     networks = compiled_and_parallel(plain, args, device)
     ema_networks = networks._replace(net=ema)
-    measurements = build_measurements(args, val_data, device, precision)
+    measurements = build_measurements(args, data, val_data, device, precision)
     batches = TrainingBatches(data, args.batch_size, args.seed, args.resolution, extra=others)
     trial = functools.partial(
         backward_pass, networks, step=total, args=args, precision=precision, last=False

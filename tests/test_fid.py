@@ -678,17 +678,19 @@ def test_other_features_are_never_called_fid(folders, inside, capsys):
 
 
 def test_training_measures_with_it(weights, folders, inside):
-    """--fid-every of both training scripts writes the numbers into metrics.jsonl."""
+    """--fid-every of both training scripts and --ifid-every of the first write the numbers into
+    metrics.jsonl."""
     import train_sit
     import train_vae
 
     words = ["--fid-every", 1, "--fid-num", 4, "--fid-ref", folders / "b.npz"]
     words += ["--inception-weights", weights, "--data", folders / "a", "--steps", 1]
     vae_words = ["--val", folders / "a", "--align", "none", "--gan", 0, "--out", "runs/v"]
+    vae_words += ["--ifid-every", 1]
     sit_words = ["--vae", folders / "vae", "--repa", 0, "--out", "runs/s"]
     script(train_vae, *VAE, *words, *vae_words)
     script(train_sit, *SIT, *words, *sit_words)
-    for name, keys in (("v", {"rfid"}), ("s", {"fid", "sfid", "inception_score"})):
+    for name, keys in (("v", {"rfid"}), ("v", {"ifid"}), ("s", {"fid", "sfid", "inception_score"})):
         with open(f"runs/{name}/metrics.jsonl") as file:
             lines = [json.loads(line) for line in file]
         assert any(keys <= set(line) for line in lines)
@@ -697,13 +699,21 @@ def test_training_measures_with_it(weights, folders, inside):
 
 
 def test_training_measures_on_two_processes(weights, folders, inside):
-    """Only the first process has the numbers; the second one once ended with a KeyError."""
-    words = ["--fid-every", 1, "--fid-num", 4, "--inception-weights", weights, "--device", "cpu"]
+    """Only the first process has the numbers; the second one once ended with a KeyError. They are
+    what fid.py measures of the VAE that training has left."""
+    words = ["--fid-every", 1, "--ifid-every", 1, "--fid-num", 9, "--device", "cpu"]
+    words += ["--inception-weights", weights]
     words += ["--data", folders / "a", "--val", folders / "a", "--steps", 1]
     torchrun(2, "train_vae", *VAE, *words, "--align", "none", "--gan", 0, cwd=inside)
     with open("runs/vae/metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
-    assert sum("rfid" in line for line in lines) == 1
+    [rfid] = [line["rfid"] for line in lines if "rfid" in line]
+    [ifid] = [line["ifid"] for line in lines if "ifid" in line]
+    sets = ["--data", folders / "a", "--interpolate", folders / "a", "--lpips", 0]
+    run(weights, "--vae", "runs/vae", *sets, "--out", "after.json")
+    after = read_json("after.json")
+    assert rfid == pytest.approx(after["rfid"], rel=1e-3)
+    assert ifid == pytest.approx(after["ifid"], rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
