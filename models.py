@@ -440,28 +440,66 @@ class Mapper(nn.Module):
     dim                     width of the VFM's tokens, which it predicts
     depth                   number of ViT blocks; 0 is the paper's MLP-only ablation
     width, hidden           width of the tokens inside (default: dim), and of the MLP
+    init                    "xavier": matrices start as in REPA-E's modules, Xavier uniform with
+                            zero biases; "torch": as PyTorch initialises them
+    norm                    what training normalises latents with, "batch": the batch's own mean and
+                            variance; "running": their averages over past batches, as constants,
+                            which is how REPA-E aligns its VAE
 
     The batch norm has no scale, as in REPA-E. It gives every channel unit variance, so that the
-    noise means the same for any VAE. Weights start as PyTorch initialises them."""
+    noise means the same for any VAE."""
 
-    def __init__(self, channels, latent_size, patch, dim, heads, depth=1, width=None, hidden=2048):
+    def __init__(
+        self,
+        channels,
+        latent_size,
+        patch,
+        dim,
+        heads,
+        depth=1,
+        width=None,
+        hidden=2048,
+        init="xavier",
+        norm="batch",
+    ):
         super().__init__()
         if latent_size % patch:
             raise UserError(
                 f"a latent of {latent_size}x{latent_size} cannot be cut into patches of {patch}"
             )
         width = width or dim
+        self.uses_running_statistics = norm == "running"
         positions = sincos_positions(width, latent_size // patch)
         self.norm = nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1, affine=False)
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(MapperBlock(width, heads) for _ in range(depth))
         self.head = projector(width, dim, hidden)
+        if init == "xavier":
+            self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.embed.weight.flatten(1))
+        nn.init.zeros_(self.embed.bias)
+
+    def normalize(self, z):
+        """Raw latents (B,C,h,w) -> about mean 0 and variance 1 in each channel."""
+        if not (self.training and self.uses_running_statistics):
+            return self.norm(z)
+        with torch.no_grad():
+            self.norm(z)  # updates the averages
+        mean = self.norm.running_mean[:, None, None].clone()
+        variance = self.norm.running_var[:, None, None] + self.norm.eps
+        return (z - mean) * variance.rsqrt()
 
     def forward(self, z, t=None, noise=None):
         """Raw latents z (B,C,h,w) -> predicted VFM tokens (B,N,dim). With times t (B,) and standard
         normal noise (B,C,h,w) the latents are noised; without either they are not."""
-        z = self.norm(z)  # (B,C,h,w)
+        z = self.normalize(z)  # (B,C,h,w)
         if t is not None:
             t = t.view(-1, 1, 1, 1)
             z = (1 - t) * z + t * noise  # z_t
@@ -654,10 +692,14 @@ VFM_NAMES = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
     "dinov3-b": "vit_base_patch16_dinov3.lvd1689m",
     "mae-l": "vit_large_patch16_224.mae",
-    "clip-l": "vit_large_patch14_clip_224.openai",
+    # OpenAI trained it with an approximation of GELU, which timm has under this name only.
+    "clip-l": "vit_large_patch14_clip_quickgelu_224.openai",
     "siglip-b": "vit_base_patch16_siglip_256.webli",
     "ijepa-h": "vit_huge_patch14_gap_224.in1k_ijepa",
 }
+
+# Of these, REPA takes the tokens before the final norm.
+VFMS_WITHOUT_NORM = (VFM_NAMES["mae-l"], VFM_NAMES["clip-l"])
 
 
 class VFM(nn.Module):
@@ -669,21 +711,27 @@ class VFM(nn.Module):
     grid         side of the square of tokens. Pictures are resized (bicubic, as in REPA) so that it
                  comes out: at 256 px to 224 for a /14 transformer, and to 256 for a /16 one
     stride       take a CNN's feature map at this stride, instead of its last one
+    norm         whether a transformer's patch tokens are those after its final norm; None: as the
+                 published code has it, which is yes but for VFMS_WITHOUT_NORM
 
-    A transformer gives its patch tokens after the final norm, without class or register tokens.
-    `dim` is the width of the tokens. Raises UserError for a model that timm does not know, for
-    unreadable weights, and for a model that cannot give this grid."""
+    Class and register tokens are left out. `dim` is the width of the tokens. `norm` is what came of
+    the argument; it is None for a model without a final norm, such as a CNN. Raises UserError for a
+    model that timm does not know, for unreadable weights, and for a model that cannot give this
+    grid."""
 
-    def __init__(self, name, weights=None, image_size=256, grid=None, stride=None):
+    def __init__(self, name, weights=None, image_size=256, grid=None, stride=None, norm=None):
         super().__init__()
         import timm
 
         name = VFM_NAMES.get(name, name)
         plan = plan_timm_model(name)
         strides = [feature["reduction"] for feature in plan.feature_info]
+        self.norm = choose_norm(name, plan, norm)
         self.stage = None  # the number of the feature map to take; None: the network's output
         if stride:
             self.stage = last_stage_at(stride, strides, name)
+        elif self.norm is False:
+            self.stage = len(strides) - 1
         self.grid = grid or image_size // 16
         self.input_size = self.grid * (stride or strides[-1])
         self.num_prefix_tokens = getattr(plan, "num_prefix_tokens", 0)
@@ -727,7 +775,7 @@ class VFM(nn.Module):
             x = self.model.forward_intermediates(
                 x,
                 indices=[self.stage],
-                norm=False,
+                norm=bool(self.norm),
                 stop_early=True,
                 output_fmt="NCHW",
                 intermediates_only=True,
@@ -751,6 +799,19 @@ def plan_timm_model(name):
         raise UserError(
             f"timm cannot build '{name}' ({first_line(error)}); it knows {suggestion}"
         ) from None
+
+
+def choose_norm(name, plan, norm):
+    """Whether the tokens of a timm model are those after its final norm: True, False, or None where
+    it has none. norm: the user's choice, or None. plan: the model without weights."""
+    final_norm = getattr(plan, "norm", None)
+    if not isinstance(final_norm, nn.Module) or isinstance(final_norm, nn.Identity):
+        if norm is False:
+            raise UserError(f"{name} has no final norm that --no-vfm-norm could leave out")
+        return None
+    if norm is None:
+        return name not in VFMS_WITHOUT_NORM
+    return norm
 
 
 def last_stage_at(stride, strides, name):
@@ -815,9 +876,11 @@ class LPIPS(nn.Module):
     weights: local files that together hold VGG16's convolutions (torchvision's vgg16-397923af.pth,
     or the whole network of the `lpips` package) and the five linear layers (that package's
     vgg.pth). What they lack is downloaded once; UserError if that fails, or if a file does not fit.
+    rescale: scale images from [0,1] to [-1,1], although they are in [-1,1] already, which is what
+    happens in REPA-E's loss.
     """
 
-    def __init__(self, weights=()):
+    def __init__(self, weights=(), rescale=False):
         super().__init__()
         from torchvision.models import vgg16
 
@@ -839,10 +902,14 @@ class LPIPS(nn.Module):
         # ImageNet's mean and std for inputs in [-1,1], as the package has them.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.rescale = rescale
         self.requires_grad_(False)
 
     def forward(self, a, b):
         """The distance (B,), fp32, between images a and b (B,3,H,W) in [-1,1]."""
+        if self.rescale:
+            a = 2 * a - 1
+            b = 2 * b - 1
         a = (a - self.shift) / self.scale
         b = (b - self.shift) / self.scale
         weights = [self.lin0, self.lin1, self.lin2, self.lin3, self.lin4]  # each (1,D,1,1)

@@ -81,10 +81,11 @@ from common.training import (
     add_mean,
     build_optimizer,
     count_steps,
+    ema_decay,
     ema_update,
-    learning_rate,
     passes,
-    set_learning_rate,
+    schedule,
+    set_learning_rates,
     settle_passes,
     weighted_sum,
 )
@@ -478,7 +479,11 @@ def build_networks(args, vae, num_classes, device):
     vfm = None
     if args.repa:
         grid = vae.latent_size // config["patch"]
-        vfm = VFM(args.vfm, args.vfm_weights, vae.resolution, grid, args.vfm_stride).to(device)
+        vfm = VFM(
+            args.vfm, args.vfm_weights, vae.resolution, grid, args.vfm_stride, args.vfm_norm
+        ).to(device)
+        # Checkpoints record what came of the flag.
+        args.vfm_norm = vfm.norm
         config["vfm_dim"] = vfm.dim
     torch.manual_seed(args.seed)
     net = SiT(**config)
@@ -673,9 +678,9 @@ def main():
         # Train
         watch.begin_step()
         batch = next(stream)
-        set_learning_rate(optimizer, learning_rate(args, step, total))
+        set_learning_rates(optimizer, [args.lr], schedule(args, step, total))
         losses = train_step(networks, batch, step, args, precision, guard)
-        ema_update(ema, net, args.ema)
+        ema_update(ema, net, ema_decay(args, step))
         watch.end_step()
         log.add(losses, guard.finite)
 

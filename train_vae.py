@@ -15,6 +15,7 @@ weights and latent statistics), checkpoints/, metrics.jsonl, samples/. Rerun a c
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -65,10 +66,11 @@ from common.training import (
     add_mean,
     build_optimizer,
     count_steps,
+    ema_decay,
     ema_update,
-    learning_rate,
     passes,
-    set_learning_rate,
+    schedule,
+    set_learning_rates,
     settle_passes,
     weighted_sum,
 )
@@ -85,6 +87,7 @@ FREE = {
     "init_disc",
     "ifid_every",
     "ifid_train",
+    "mapper_init",
     "probe_every",
     "probe_data",
 }
@@ -107,6 +110,7 @@ def parse_arguments(argv=None):
     group.add_argument(
         "--resolution", type=positive, default=256, help="side of the square picture, pixels"
     )
+    group.add_argument("--no-flip", dest="flip", action="store_false", help="no mirror images")
 
     group = parser.add_argument_group("VAE")
     group.add_argument("--spec", default="f16d32", help="f<factor>d<channels>")
@@ -154,6 +158,19 @@ def parse_arguments(argv=None):
     group.add_argument("--mapper-heads", type=int, help="default: one for every 64 of its width")
     group.add_argument("--mapper-patch", type=int, help="default: 16 / factor, at least 1")
     group.add_argument(
+        "--mapper-init",
+        choices=["xavier", "torch"],
+        default="xavier",
+        help="its initial weights: REPA-E's, or PyTorch's defaults",
+    )
+    group.add_argument(
+        "--mapper-norm",
+        choices=["batch", "running"],
+        default="batch",
+        help="its batch norm trains on the batch's statistics, or on their running averages as in "
+        "REPA-E's alignment of the VAE",
+    )
+    group.add_argument(
         "--no-noise",
         dest="noise",
         action="store_false",
@@ -186,10 +203,26 @@ def parse_arguments(argv=None):
     group.add_argument(
         "--lpips-weights", nargs="+", default=(), help="local files of VGG16 and the linear layers"
     )
+    group.add_argument(
+        "--lpips-rescale",
+        action="store_true",
+        help="scale pictures for LPIPS from [0,1] to [-1,1] once more, as in REPA-E's loss",
+    )
     group.add_argument("--kl", type=float, default=1e-6, help="of the sum over a latent")
     group.add_argument("--gan", type=float, default=0.1)
     group.add_argument(
         "--gan-start", type=int, default=0, help="step at which the adversarial term begins"
+    )
+    group.add_argument("--disc-lr", type=float, default=1e-4, help="the discriminator's --lr")
+    group.add_argument(
+        "--autocast-losses",
+        action="store_true",
+        help="LPIPS and discriminator in --precision, which saves time; else in fp32, as in REPA-E",
+    )
+    group.add_argument(
+        "--clip-together",
+        action="store_true",
+        help="clip the gradients of VAE and mapper by their common norm; else each by its own",
     )
 
     group = parser.add_argument_group("measurements")
@@ -250,6 +283,15 @@ def check_arguments(args):
     if args.freeze:
         args.lpips = args.kl = args.gan = 0
     args.noise = args.noise and args.align == "mapper"
+    # Flags without effect are None, and are not compared when a run is resumed.
+    if not args.gan:
+        args.disc_lr = None
+    if not args.gan and not args.lpips:
+        args.autocast_losses = None
+    if args.freeze or args.align == "none":
+        args.clip_together = None
+    if args.align != "mapper":
+        args.mapper_norm = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,20 +328,28 @@ def vae_losses(networks, batch, step, args):
         losses["align"] = align(tokens, target)  # eq. 2
     if not args.freeze:
         losses["recon"] = F.mse_loss(y, x) if args.recon == "mse" else F.l1_loss(y, x)
-    if args.lpips:
-        losses["lpips"] = networks.lpips(y, x).mean()
-    if args.kl:
-        losses["kl"] = kl_loss(mean, logvar)
-    if args.gan and step >= args.gan_start:
-        # The VAE learns from a discriminator whose weights are fixed ...
-        networks.discriminator.requires_grad_(False)
-        losses["gan"] = -networks.discriminator(y).mean()
-        # ... and the discriminator from reconstructions that are fixed.
-        networks.discriminator.requires_grad_(True)
-        real = networks.discriminator(x)
-        fake = networks.discriminator(y.detach())
-        losses["disc"] = hinge_loss(real, fake)
+    with losses_precision(x.device, args):
+        if args.lpips:
+            losses["lpips"] = networks.lpips(y, x).mean()
+        if args.kl:
+            losses["kl"] = kl_loss(mean, logvar)
+        if args.gan and step >= args.gan_start:
+            # The VAE learns from a discriminator whose weights are fixed ...
+            networks.discriminator.requires_grad_(False)
+            losses["gan"] = -networks.discriminator(y).mean()
+            # ... and the discriminator from reconstructions that are fixed.
+            networks.discriminator.requires_grad_(True)
+            real = networks.discriminator(x)
+            fake = networks.discriminator(y.detach())
+            losses["disc"] = hinge_loss(real, fake)
     return losses
+
+
+def losses_precision(device, args):
+    """The context of LPIPS and discriminator: fp32, or what surrounds it (--autocast-losses)."""
+    if args.autocast_losses:
+        return contextlib.nullcontext()
+    return autocast(device, "fp32")
 
 
 def align_loss(predicted, target):
@@ -367,7 +417,11 @@ class SendVAE(nn.Module):
 
 
 class Projection(nn.Conv2d):
-    """VA-VAE's linear projection, in place of the mapper: latents (B,C,h,w) -> (B,N,D)."""
+    """VA-VAE's linear projection, in place of the mapper: latents (B,C,h,w) -> (B,N,D). It has no
+    bias, as published."""
+
+    def __init__(self, channels, dim, patch):
+        super().__init__(channels, dim, patch, patch, bias=False)
 
     def forward(self, z, t, noise):
         return super().forward(z).flatten(2).mT
@@ -610,11 +664,15 @@ def build_networks(args, device, precision):
     if args.align != "none":
         patch = args.mapper_patch or max(1, 16 // vae.factor)
         grid = vae.latent_size // patch
-        vfm = VFM(args.vfm, args.vfm_weights, args.resolution, grid, args.vfm_stride).to(device)
+        vfm = VFM(
+            args.vfm, args.vfm_weights, args.resolution, grid, args.vfm_stride, args.vfm_norm
+        ).to(device)
+        # Checkpoints record what came of the flag.
+        args.vfm_norm = vfm.norm
         torch.manual_seed(args.seed + 1)
         mapper = build_mapper(args, vae, vfm.dim, patch)
     if args.lpips:
-        lpips = LPIPS(args.lpips_weights).to(device, memory_format=layout)
+        lpips = LPIPS(args.lpips_weights, args.lpips_rescale).to(device, memory_format=layout)
     if args.gan:
         torch.manual_seed(args.seed + 2)
         if args.init_disc:
@@ -641,10 +699,10 @@ def build_vae(args):
 def build_mapper(args, vae, dim, patch):
     """The mapper from latents to tokens of width `dim`, with patches of `patch` latents."""
     if args.align == "vavae":
-        return Projection(vae.channels, dim, patch, patch)
+        return Projection(vae.channels, dim, patch)
     width = args.mapper_width or dim
     heads = args.mapper_heads or max(1, width // 64)
-    return Mapper(
+    mapper = Mapper(
         vae.channels,
         vae.latent_size,
         patch,
@@ -653,7 +711,13 @@ def build_mapper(args, vae, dim, patch):
         args.mapper_depth,
         width,
         args.mapper_hidden,
+        args.mapper_init,
+        args.mapper_norm,
     )
+    # The averages start as the statistics that a VAE's file brings, as in REPA-E, or as 0 and 1.
+    mapper.norm.running_mean.copy_(vae.latent_mean)
+    mapper.norm.running_var.copy_(vae.latent_std.square())
+    return mapper
 
 
 def trained_networks(networks):
@@ -662,6 +726,21 @@ def trained_networks(networks):
     if networks.discriminator is not None:
         trained["disc"] = networks.discriminator
     return trained
+
+
+def parameter_groups(networks, args):
+    """-> [network or networks whose gradients are clipped by one norm], [their learning rates]."""
+    if args.clip_together or networks.net.mapper is None:
+        groups = [networks.net]
+    else:
+        groups = [networks.net.vae, networks.net.mapper]
+    if args.freeze:
+        groups = [networks.net.mapper]
+    rates = [args.lr] * len(groups)
+    if networks.discriminator is not None:
+        groups.append(networks.discriminator)
+        rates.append(args.disc_lr)
+    return groups, rates
 
 
 def describe(networks):
@@ -730,11 +809,12 @@ def main():
     data, val_data, others = load_data(args)
     total, steps_per_epoch = count_steps(args, len(data))
 
-    # Networks and optimiser. A discriminator's gradients are clipped apart from the VAE's.
+    # Networks and optimiser
     plain = build_networks(args, device, precision)
     trained = trained_networks(plain)
     ema = copy.deepcopy(plain.net).eval().requires_grad_(False)
-    optimizer = build_optimizer(trained.values(), args)
+    groups, rates = parameter_groups(plain, args)
+    optimizer = build_optimizer(groups, args)
     shape = "x".join(map(str, plain.latent_shape))
     say(f"model     {describe(plain)}; latents {shape}; {precision} on {device}")
 
@@ -748,7 +828,9 @@ def main():
     networks = compiled_and_parallel(plain, args, device)
     ema_networks = networks._replace(net=ema)
     measurements = build_measurements(args, data, val_data, device, precision)
-    batches = TrainingBatches(data, args.batch_size, args.seed, args.resolution, extra=others)
+    batches = TrainingBatches(
+        data, args.batch_size, args.seed, args.resolution, args.flip, extra=others
+    )
     trial = functools.partial(
         backward_pass, networks, step=total, args=args, precision=precision, last=False
     )
@@ -793,9 +875,9 @@ def main():
         # Train
         watch.begin_step()
         batch = next(stream)
-        set_learning_rate(optimizer, learning_rate(args, step, total))
+        set_learning_rates(optimizer, rates, schedule(args, step, total))
         losses = train_step(networks, batch, step, args, precision, guard)
-        ema_update(ema, plain.net, args.ema)
+        ema_update(ema, plain.net, ema_decay(args, step))
         watch.end_step()
         log.add(losses, guard.finite)
 

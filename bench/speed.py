@@ -232,9 +232,11 @@ class TokensGiven(nn.Module):
     """Stands in for models.VFM, with the same arguments, and takes no time: every picture has the
     same tokens."""
 
-    def __init__(self, name, weights=None, image_size=256, grid=None, stride=None, dim=768):
+    norm = None
+
+    def __init__(self, name, weights=None, image_size=256, grid=None, stride=None, norm=None):
         super().__init__()
-        self.dim = dim
+        self.dim = dim = 768
         self.register_buffer("tokens", torch.randn(1, grid**2, dim))
 
     def forward(self, images):

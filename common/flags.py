@@ -102,6 +102,12 @@ def add_training_flags(
     group.add_argument(
         "--vfm-stride", type=int, help="for a CNN: stride of the feature map (default: its last)"
     )
+    group.add_argument(
+        "--vfm-norm",
+        action=argparse.BooleanOptionalAction,
+        help="a transformer's tokens after its final norm (default: not of mae-l and clip-l, as in "
+        "REPA)",
+    )
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--batch-size", type=positive, default=batch_size, help="global, pictures a step"
@@ -124,6 +130,13 @@ def add_training_flags(
         type=float,
         default=ema,
         help="decay of the weights that are published; 0: the raw ones",
+    )
+    group.add_argument(
+        "--no-ema-warmup",
+        dest="ema_warmup",
+        action="store_false",
+        help="that decay from the first step on, as published, instead of "
+        "min(decay, (1 + step) / (10 + step))",
     )
     group.add_argument(
         "--grad-checkpoint", action="store_true", help="less memory, about a third more time"
@@ -199,6 +212,7 @@ FREE_FLAGS = {
     "accum",
     # Not a flag: what settle_passes of common/training.py notes.
     "machine",
+    "ema_warmup",
     "epochs",
     "steps",
     "grad_checkpoint",
@@ -221,6 +235,30 @@ FREE_FLAGS = {
     "timeout",
     "workers",
 }
+
+
+# What a run did before these flags existed, whose names its checkpoint lacks.
+BEFORE_FLAGS = {
+    "flip": True,
+    "mapper_norm": "batch",
+    "lpips_rescale": False,
+    "autocast_losses": True,
+    "clip_together": True,
+    "ema_warmup": False,
+}
+
+
+def settings_of(saved, args):
+    """The flags of a checkpoint, {name: value}, completed by what older versions did in place of
+    those that they did not know. A flag that is None in `args` has no effect in this run, and is
+    left out."""
+    older = dict(BEFORE_FLAGS, disc_lr=saved.get("lr"), vfm_norm=not saved.get("vfm_stride"))
+    settings = {name: older[name] for name in older if getattr(args, name, None) is not None}
+    if "vfm_norm" not in saved and saved.get("vfm") == "clip-l":
+        # The name then stood for the model with the plain GELU.
+        settings["vfm"] = "vit_large_patch14_clip_224.openai"
+        saved = {name: value for name, value in saved.items() if name != "vfm"}
+    return settings | saved
 
 
 def share_batch(batch_size, accum):

@@ -33,7 +33,7 @@ from common.files import (
     write_weights,
     writing,
 )
-from common.flags import FREE_FLAGS
+from common.flags import FREE_FLAGS, settings_of
 from common.pictures import save_grid
 from common.processes import barrier, mean_over_processes, rank, say, world
 from common.training import reuse_passes
@@ -348,7 +348,7 @@ def resume(args, free, parts, total, device, data, labelled=False):
         return 0, None
 
     # SiT runs of older versions keep vae_hash beside the arguments.
-    saved = dict(vae_hash=state.get("vae_hash")) | state["arguments"]
+    saved = settings_of(dict(vae_hash=state.get("vae_hash")) | state["arguments"], args)
     refuse_other_settings(args, saved, free | FREE_FLAGS)
     reuse_passes(args, saved, device)
     if labelled:
@@ -363,7 +363,13 @@ def resume(args, free, parts, total, device, data, labelled=False):
             if isinstance(part, torch.optim.Optimizer):
                 match_memory_formats(part)
     say(f"resuming  {args.out} at step {state['step']}")
+    say_if_warming_up(args, saved)
     return state["step"], named_sums(state["running"])
+
+
+def say_if_warming_up(args, saved):
+    if args.ema_warmup and not saved["ema_warmup"]:
+        say("note: its EMA now warms up; --no-ema-warmup goes on as the run began")
 
 
 def refuse_other_settings(args, saved, free):

@@ -51,13 +51,14 @@ def add_mean(means, losses, count):
         means[term] = means.get(term, 0.0) + loss.detach() / count
 
 
-def learning_rate(args, step, total):
-    """--lr after --warmup steps; with --lr-schedule cosine it falls to 0 at step `total`."""
+def schedule(args, step, total):
+    """The share of the learning rate at a step, 0 to 1: it rises for --warmup steps, and with
+    --lr-schedule cosine it falls to 0 at step `total`."""
     # A Python float, so that checkpoints hold no NumPy scalars.
-    rate = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))
+    share = min(1.0, (step + 1) / max(args.warmup, 1))
     if args.lr_schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / total))
-    return rate
+        share *= 0.5 * (1 + math.cos(math.pi * step / total))
+    return share
 
 
 def count_steps(args, pictures):
@@ -70,7 +71,8 @@ def count_steps(args, pictures):
 
 def build_optimizer(networks, args):
     """AdamW without weight decay, with one group of parameters for each network: the Guard clips
-    the gradient of each group by itself.
+    the gradient of each group by itself, and each has its own learning rate, which
+    set_learning_rates sets.
     """
     groups = []
     for network in networks:
@@ -78,10 +80,17 @@ def build_optimizer(networks, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of every group of parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def set_learning_rates(optimizer, rates, share):
+    """Sets the learning rate of each group of parameters to this share of its own of `rates`."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = share * rate
+
+
+def ema_decay(args, step):
+    """The EMA's decay after a step. Without warm-up, short runs publish their initial weights."""
+    if args.ema_warmup:
+        return min(args.ema, (1 + step) / (10 + step))
+    return args.ema
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ and the reading of pictures are not counted.
 
 import contextlib
 import functools
+import os
 import shlex
 from typing import NamedTuple
 from unittest import mock
@@ -73,10 +74,15 @@ PUBLISHED = {
     "d64": PublishedVAE("f16d64", "pretrained/ldm-imagenet256-f16d64-50ep.ckpt", VARIANTS),
 }
 
+# What REPA-E's code does, which the paper follows wherever it is silent, and our defaults do not.
+# docs/differences.md lists why.
+LETTER = "--disc-lr 1e-4 --lpips-rescale --mapper-norm running --no-flip --ema 0"
 # --accum keeps a GPU's pass at 32 pictures of 256 pixels; the mapper's batch norm then sees 256
 # pictures of 8 GPUs at a time.
-TUNE = "--epochs 80 --batch-size 1024 --accum 4 --lr 3e-4"
-TUNE_512 = "--epochs 80 --batch-size 1024 --accum 16 --resolution 512 --lr 3e-4"
+TUNE = f"--epochs 80 --batch-size 1024 --accum 4 --lr 3e-4 {LETTER}"
+TUNE_512 = f"--epochs 80 --batch-size 1024 --accum 16 --resolution 512 --lr 3e-4 {LETTER}"
+# As in REPA's code, whose SiTs see no mirror images and whose EMA has no warm-up.
+SIT_LETTER = "--no-flip --no-ema-warmup"
 # Changes no weight (its learning rate is 0): it only measures the latents' statistics.
 AS_IS = "--align none --lpips 0 --gan 0 --lr 0 --ema 0 --steps 1 --batch-size 64"
 
@@ -212,8 +218,8 @@ def commands(table, entry):
     lines = []
     for vae in entry.vaes.split():
         origin, flags = VAES[vae]
-        init = PUBLISHED[origin].path
-        lines.append(f"{torchrun} train_vae.py --init {init} {flags} --out runs/paper/{vae}")
+        start = starting_weights(PUBLISHED[origin].path, flags)
+        lines.append(f"{torchrun} train_vae.py {start} {flags} --out runs/paper/{vae}")
     if table == "probe":
         folders = [f"runs/paper/{vae}" for vae in entry.vaes.split()]
         data = "--data data/celeba data/deepfashion data/awa2"
@@ -224,7 +230,10 @@ def commands(table, entry):
 
     setting = "-".join(entry.flags.split()[1::2])
     sit = f"runs/paper/sit-{setting}-{entry.vaes}"
-    lines.append(f"{torchrun} train_sit.py --vae runs/paper/{entry.vaes} {entry.flags} --out {sit}")
+    lines.append(
+        f"{torchrun} train_sit.py --vae runs/paper/{entry.vaes} {entry.flags} {SIT_LETTER} "
+        f"--out {sit}"
+    )
     reference = "VIRTUAL_imagenet256_labeled.npz"
     if "512" in entry.vaes:
         reference = "VIRTUAL_imagenet512.npz"
@@ -237,6 +246,18 @@ def commands(table, entry):
     return lines
 
 
+def starting_weights(path, flags):
+    """The flags of train_vae.py that name the initial weights, of the VAE in a file `path` and,
+    unless `flags` switch it off, of its discriminator."""
+    start = f"--init {path}"
+    if "--gan 0" in flags:
+        return start
+    stem, ending = os.path.splitext(path)
+    # REPA-E has its discriminators in files of their own. An LDM checkpoint holds the loss.
+    discriminator = path if ending == ".ckpt" else f"{stem}-discriminator-ckpt.pt"
+    return f"{start} --init-disc {discriminator}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Networks on the meta device, built by the stages themselves
 
@@ -247,7 +268,7 @@ class VGGDistance(nn.Module):
     """Stands in for models.LPIPS, whose weights would be downloaded: the same network, and the mean
     difference of its features."""
 
-    def __init__(self, weights=()):
+    def __init__(self, weights=(), rescale=False):
         super().__init__()
         self.features = vgg16().features.requires_grad_(False)
 
@@ -278,6 +299,8 @@ def make_vae(name):
     origin, flags = VAES[name]
     args = train_vae.parse_arguments(shlex.split(flags))
     train_vae.check_arguments(args)
+    # The meta device has no autocast that could be switched off.
+    args.autocast_losses = True
     args.spec = PUBLISHED[origin].spec
     with without_weights():
         return args, train_vae.build_networks(args, META, "fp32")

@@ -154,6 +154,21 @@ def test_the_most_urgent_job_that_is_ready_goes_first(logs):
 # The paper's runs
 
 
+def follows_repa_e(args):
+    """What REPA-E's code does where the paper is silent, in the flags of train_vae.py."""
+    assert args.lpips_rescale
+    assert not args.autocast_losses
+    assert args.init.split("/")[1] == args.init_disc.split("/")[1] or args.init == args.init_disc
+    assert args.init_disc.endswith(("-discriminator-ckpt.pt", "50ep.ckpt"))
+    assert args.disc_lr == 1e-4
+    assert not args.clip_together
+    assert args.mapper_init == "xavier"
+    assert args.mapper_norm == "running"
+    assert not args.flip
+    assert args.ema == 0
+    assert args.vfm_norm is None
+
+
 @pytest.mark.parametrize("table", paper.TABLES)
 def test_the_papers_commands_parse_and_have_its_settings(table):
     for entry in paper.TABLES[table]:
@@ -166,11 +181,14 @@ def test_the_papers_commands_parse_and_have_its_settings(table):
                 assert args.repa == 0.5
                 assert args.batch_size == 256
                 assert args.epochs == (800 if "800" in entry.title else 80)
+                assert not args.flip
+                assert not args.ema_warmup
             if words[0] == "train_vae.py" and args.align == "mapper":
                 assert args.epochs == 80
                 assert args.batch_size == 1024
                 assert args.lr == 3e-4
                 assert args.align_weight == 1.0
+                follows_repa_e(args)
                 share_batch(args.batch_size // 8, args.accum)
 
 
