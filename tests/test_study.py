@@ -154,6 +154,22 @@ def test_the_most_urgent_job_that_is_ready_goes_first(logs):
 # The paper's runs
 
 
+def follows_repa(args):
+    """In the flags of train_sit.py."""
+    assert args.repa == 0.5
+    assert args.batch_size == 256
+    assert not args.flip
+    assert not args.ema_warmup
+
+
+def follows_the_paper(args):
+    """In the flags of train_vae.py."""
+    assert args.epochs == 80
+    assert args.batch_size == 1024
+    assert args.lr == 3e-4
+    assert args.align_weight == 1.0
+
+
 def follows_repa_e(args):
     """What REPA-E's code does where the paper is silent, in the flags of train_vae.py."""
     assert args.lpips_rescale
@@ -178,16 +194,10 @@ def test_the_papers_commands_parse_and_have_its_settings(table):
             words = words_of(command)
             args = PARSERS[words[0]].parse_arguments(words[1:])
             if words[0] == "train_sit.py":
-                assert args.repa == 0.5
-                assert args.batch_size == 256
                 assert args.epochs == (800 if "800" in entry.title else 80)
-                assert not args.flip
-                assert not args.ema_warmup
+                follows_repa(args)
             if words[0] == "train_vae.py" and args.align == "mapper":
-                assert args.epochs == 80
-                assert args.batch_size == 1024
-                assert args.lr == 3e-4
-                assert args.align_weight == 1.0
+                follows_the_paper(args)
                 follows_repa_e(args)
                 share_batch(args.batch_size // 8, args.accum)
 
