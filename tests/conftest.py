@@ -27,6 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests run on the CPU on any machine: runs of one and of several processes are compared, for which
 # one GPU does not suffice. CUDA reads this variable when it is first asked for.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Workers of pytest-xdist share the cores, as the processes that tests start do.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 # Flags of tiny networks. Those of TINY serve both training stages.
 TINY = shlex.split(
