@@ -826,7 +826,7 @@ def say_other_sizes(path, images, size):
         if len(images.names) > 0 and images.smallest != size:
             say(
                 f"warning: {path} has pictures of {images.smallest} pixels and is compared with "
-                f"pictures of {size}: the distance also measures this difference"
+                f"pictures of {size}: the distance also measures the difference in size"
             )
     elif images.smallest < size:
         say(
