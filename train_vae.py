@@ -283,7 +283,11 @@ def check_arguments(args):
     if args.freeze:
         args.lpips = args.kl = args.gan = 0
     args.noise = args.noise and args.align == "mapper"
-    # Flags without effect are None, and are not compared when a run is resumed.
+    clear_flags_without_effect(args)
+
+
+def clear_flags_without_effect(args):
+    """Sets them to None, as which they are not compared when a run is resumed."""
     if not args.gan:
         args.disc_lr = None
     if not args.gan and not args.lpips:
