@@ -24,7 +24,7 @@ def circle(radius):
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-# Corners (N,2) of each shape: x to the right, y down, reaching about 1 from the centre. The
+# Corners (N,2) of each upright shape: x to the right, y down, reaching about 1 from the centre. The
 # ring's hole is cut out in draw_mask.
 ARROW = [(-1, -0.3), (0.05, -0.3), (0.05, -0.85), (1.05, 0), (0.05, 0.85), (0.05, 0.3), (-1, 0.3)]
 CROSS_RIGHT = [(0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1)]
@@ -47,7 +47,7 @@ COLOURS = {
 }
 TEXTURES = ["Solid", "Striped"]
 BACKGROUNDS = ["Dark_Background", "Light_Background"]
-POSES = ["Large", "Left", "Top"]
+POSES = ["Large", "Left", "Top", "Tilted"]
 ATTRIBUTES = [
     *(shape.capitalize() for shape in SHAPES),
     *COLOURS,
@@ -72,15 +72,17 @@ def pixel_centres(count):
     return (np.arange(count) + 0.5) * 32 / count
 
 
-def draw_mask(shape, size, radius, centre):
+def draw_mask(shape, size, radius, angle, centre):
     """-> PIL image in mode L, four times `size` a side: 255 inside the object, 0 outside."""
     scale = OVERSAMPLING * size / 32
+    cos = math.cos(angle)
+    sin = math.sin(angle)
     parts = [(SHAPES[shape], 255)]
     if shape == "ring":
         parts.append((SHAPES["disc"] / 2, 0))
     mask = Image.new("L", (OVERSAMPLING * size, OVERSAMPLING * size))
     for corners, value in parts:
-        corners = (corners * radius + centre) * scale
+        corners = (corners @ [(cos, sin), (-sin, cos)] * radius + centre) * scale
         ImageDraw.Draw(mask).polygon(corners.ravel().tolist(), fill=value)
     return mask
 
@@ -96,11 +98,13 @@ def background_colour(dark, rng):
     return grey * (1 - 0.1 * rng.random(3))
 
 
-def stripes(size, centre):
-    """-> bool (4*size,1), by row: every other band, 4 wide, of those that cross an object whose
-    centre (2,) is at x, y."""
-    y = pixel_centres(OVERSAMPLING * size)
-    return ((y - centre[1]) % 8 < 4)[:, None]
+def stripes(size, angle, centre):
+    """-> bool (4*size,4*size): every other band, 4 wide, of those that cross an object tilted by
+    `angle` around `centre`."""
+    x = pixel_centres(OVERSAMPLING * size)
+    y = x[:, None]
+    across = (y - centre[1]) * math.cos(angle) - (x - centre[0]) * math.sin(angle)
+    return across % 8 < 4
 
 
 def draw_picture(shape, size, rng):
@@ -112,9 +116,11 @@ def draw_picture(shape, size, rng):
     # The background is dark or light, but always dark behind the bright colours.
     dark = colour_name in ("Yellow", "Cyan") or rng.random() < 0.5
     background = "Dark_Background" if dark else "Light_Background"
-    large, left, top = rng.random(3) < 0.5
+    large, left, top, tilted = rng.random(4) < 0.5
+    # Nobody could see that a disc or a ring is tilted.
+    tilted = tilted and shape not in ("disc", "ring")
     names = {shape.capitalize(), colour_name, texture, background}
-    for name, present in zip(POSES, (large, left, top), strict=True):
+    for name, present in zip(POSES, (large, left, top, tilted), strict=True):
         if present:
             names.add(name)
 
@@ -122,15 +128,16 @@ def draw_picture(shape, size, rng):
     # anywhere, of any size, turned by any angle.
     radius = rng.uniform(12.5, 13) if large else rng.uniform(10, 10.5)
     centre = 16 + rng.uniform(1.5, 2, 2) * np.where([left, top], -1, 1)  # (2,): x, y
+    angle = math.radians(25) if tilted else 0
 
     picture = np.tile(background_colour(dark, rng), (size, size, 1))
     # Stripes are in a paler or a darker tone of the object's colour, away from the background's.
     colour = np.array(COLOURS[colour_name], float)
-    mask = draw_mask(shape, size, radius, centre)
+    mask = draw_mask(shape, size, radius, angle, centre)
     picture += coverage(mask) * (colour - picture)
     if texture == "Striped":
         tone = colour * 0.3 + 255 * 0.7 if dark else colour * 0.35
-        striped = Image.fromarray(np.asarray(mask) * stripes(size, centre))
+        striped = Image.fromarray(np.asarray(mask) * stripes(size, angle, centre))
         picture += coverage(striped) * (tone - colour)
     return picture.round().clip(0, 255).astype(np.uint8), names
 
