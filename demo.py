@@ -1,4 +1,4 @@
-"""All of Send-VAE in five to ten minutes on two CPU cores, with nothing downloaded. It is also the
+"""All of Send-VAE in three to six minutes on two CPU cores, with nothing downloaded. It is also the
 tutorial: each command is printed before it runs, and can be typed by hand.
 
     python demo.py                        # on 6,600 pictures of objects that it draws itself
@@ -65,7 +65,7 @@ SECONDS = {
     "Pictures": 4,
     "Vision model and judge": 15,
     "Stage 1, the VAEs": 60,
-    "Stage 2, the SiTs": 130,
+    "Stage 2, the SiTs": 115,
     "Samples": 15,
 }
 
