@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +57,19 @@ def make_pictures(root):
             small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
             small.resize((48, 40), Image.BICUBIC).save(os.path.join(root, name, f"{i:02d}.png"))
     return root
+
+
+def damage_inside(path):
+    """Replaces the pixels of a PNG file by bytes that cannot be unpacked. The checksums are right,
+    so that only decoding finds it."""
+    with open(path, "rb") as file:
+        content = file.read()
+    start = content.index(b"IDAT")
+    length = int.from_bytes(content[start - 4 : start], "big")
+    chunk = b"IDAT" + b"\xff" * length
+    checksum = zlib.crc32(chunk).to_bytes(4, "big")
+    with open(path, "wb") as file:
+        file.write(content[:start] + chunk + checksum + content[start + len(chunk) + 4 :])
 
 
 def make_vfm_weights(path):

@@ -36,6 +36,7 @@ from conftest import (
     ROOT,
     SIT,
     VAE,
+    damage_inside,
     half_written_files,
     kill_all_in,
     rank_1_in,
@@ -241,10 +242,10 @@ def first_picture_of_rank_1(folder):
 
 
 def test_the_error_of_one_process_is_on_the_terminal(pictures, inside):
-    """After the list of files was made, a picture breaks that only the second process reads."""
+    """A picture that only the second process reads has damage that the check does not see."""
     shutil.copytree(pictures, "p")
     path = first_picture_of_rank_1("p")
-    open(path, "wb").close()
+    damage_inside(path)
     words = [*PLAIN_VAE, "--data", "p", "--steps", 3]
     run = start(2, "train_vae", *words, cwd=inside, timeout=20)
     assert run.wait(120) != 0

@@ -219,8 +219,9 @@ def gaussian_velocity(x, t):
     return -MU + (x - mean) @ gain.T
 
 
-def picture_velocity(x, t):
-    """The same for the samplers: x (B,2,1,1)."""
+def picture_velocity(x, t, step_time=None):
+    """The same for the samplers: x (B,2,1,1). The time of the step, which decides on guidance, has
+    no effect here."""
     return gaussian_velocity(x.flatten(1).double(), t).view_as(x)
 
 

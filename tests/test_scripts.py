@@ -29,6 +29,7 @@ from conftest import (
     ROOT,
     SIT,
     VAE,
+    damage_inside,
     kill_all_in,
     rank_1_in,
     read_metrics,
@@ -270,8 +271,12 @@ def test_the_logged_psnr_is_that_of_the_saved_vae(trained, pictures):
 def test_the_saved_statistics_are_those_of_posterior_samples(trained, pictures):
     vae = load_vae(trained / "runs/vae")
     _, mean, logvar = encode_all(vae, pictures)
-    # 4000 draws for each of the pictures: noise (4000,1,C,h,w), samples (4000,N,C,h,w).
-    noise = normal(0, "z", torch.arange(4000), mean.shape[1:])[:, None].double()
+    # 4000 draws for each of the pictures: noise (4000,1,C,h,w), samples (4000,N,C,h,w). Each noise
+    # occurs with both signs, and is scaled, so that its mean is 0 and its variance 1, as those of a
+    # normal distribution are.
+    noise = normal(0, "z", torch.arange(2000), mean.shape[1:])[:, None].double()
+    noise = torch.cat([noise, -noise])
+    noise = noise / noise.square().mean(0).sqrt()
     z = vae.sample(mean.double(), logvar.double(), noise)
     assert torch.allclose(z.mean((0, 1, 3, 4)).float(), vae.latent_mean, atol=3e-3)
     std = z.transpose(0, 2).flatten(1).std(1).float()
@@ -393,17 +398,17 @@ def test_a_bad_picture_is_named(kind, inside, pictures, capsys):
 
 
 def test_a_picture_damaged_in_the_middle_stops_the_run_and_keeps_checkpoints(inside, pictures):
-    """The picture's head and tail are whole, so only training finds the damage. Loader processes
-    must pass the message on, and must end."""
+    """The picture's checksums are right, so only training finds the damage. Loader processes must
+    pass the message on, and must end."""
     shutil.copytree(pictures, "p")
     words = [*PLAIN_VAE, "--data", "p", "--workers", 1]
     # In a process of its own, since a run holds its folder's lock until its process ends.
     torchrun(1, "train_vae", *words, "--steps", 2, cwd=inside)
-    content = bytearray(read_bytes("p/b/03.png"))
-    content[100:-20] = b"\xff" * (len(content) - 120)
-    write_bytes("p/b/03.png", content)
+    damage_inside("p/b/03.png")
 
-    words = [sys.executable, os.path.join(ROOT, "train_vae.py"), *words, "--steps", 9]
+    # A file that was written over is another picture, which a run is told to go on with.
+    words = [*words, "--steps", 9, "--change", "data"]
+    words = [sys.executable, os.path.join(ROOT, "train_vae.py"), *words]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "error: cannot read the picture" in done.stderr
