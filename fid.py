@@ -71,6 +71,7 @@ from common.processes import (
     say,
     setup,
     sum_over_processes,
+    without_tf32,
     world,
 )
 from common.runs import newest_result, provenance
@@ -1002,17 +1003,6 @@ def latent_rows(vae, means):
     return vae.normalize(means.float()).flatten(1)
 
 
-@contextlib.contextmanager
-def full_float32_products():
-    """The context of matrix products without TF32, which training allows."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 def nearest_latents(queries, blocks, k=NEIGHBOURS):
     """The k rows nearest to each query by cosine, over all processes.
 
@@ -1031,7 +1021,7 @@ def nearest_latents(queries, blocks, k=NEIGHBOURS):
     )
     for positions, rows in blocks:
         row_norms = torch.linalg.vector_norm(rows, dim=1)  # (b,)
-        with full_float32_products():
+        with without_tf32():
             cosines = units @ (rows / row_norms.clamp(min=1e-12)[:, None]).T  # (M,b)
         cosines, columns = cosines.topk(min(k, len(rows)), dim=1)
         found_norms = row_norms[columns]

@@ -20,7 +20,6 @@ pictures/, edits/, correlation.png. Features (fp16) stay in --cache.
 """
 
 import argparse
-import contextlib
 import os
 from typing import NamedTuple
 
@@ -33,7 +32,17 @@ from tqdm import tqdm
 from common.files import UserError, write_json
 from common.flags import parse_flags
 from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
-from common.processes import autocast, barrier, rank, resolve_precision, run_main, say, setup, world
+from common.processes import (
+    autocast,
+    barrier,
+    rank,
+    resolve_precision,
+    run_main,
+    say,
+    setup,
+    without_tf32,
+    world,
+)
 from common.runs import lock, mark_done, newest_result, provenance, resumable_array
 from common.weights import load_vae
 from probing import correlation, tables
@@ -167,18 +176,6 @@ def cached_features(benchmark, encoder, size, dims, encode, args, device):
 
 # --------------------------------------------------------------------------------------------------
 # Whitening
-
-
-@contextlib.contextmanager
-def without_tf32():
-    """Matrix products in full fp32 on GPUs: TF32's rounding hides the directions of small
-    variance."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def row_blocks(rows):
@@ -427,6 +424,7 @@ class Probe:
 
 
 @torch.no_grad()
+# TF32's rounding hides the directions of small variance.
 @without_tf32()
 def fit_linear_probe(
     train_x,

@@ -279,7 +279,7 @@ def load_pair(sit_path, vae_path, device, ema=True, form="auto"):
             )
     vae = load_vae(vae_path, device)
     if sit.info["vae_hash"] is None:
-        adapt_to_published(vae, sit, sit_path, vae_path)
+        check_channels(sit, vae, sit_path, vae_path)
     elif vae.info["hash"] != sit.info["vae_hash"]:
         raise UserError(
             f"{vae_path} (hash {vae.info['hash']}) is not the VAE that {sit_path} was trained on "
@@ -288,24 +288,24 @@ def load_pair(sit_path, vae_path, device, ema=True, form="auto"):
         )
     # It may have been trained at another resolution than the VAE.
     vae.set_resolution(sit.latent_size * vae.factor)
-    # Those that the SiT was trained with count, where its file holds any.
-    if sit.info.get("latent_mean"):
-        decode_std = sit.info.get("latent_decode_std")
-        vae.set_statistics(sit.info["latent_mean"], sit.info["latent_std"], decode_std)
+    take_statistics(vae, sit)
     return sit, vae
 
 
-def adapt_to_published(vae, sit, sit_path, vae_path):
-    """Give the VAE the resolution of a published SiT.
-
-    Raises UserError if their latents differ in the number of channels.
-    """
+def check_channels(sit, vae, sit_path, vae_path):
+    """Raise UserError if a SiT needs latents of another number of channels than the VAE's."""
     if sit.channels != vae.channels:
         raise UserError(
             f"{sit_path} needs latents of {sit.channels} channels, "
             f"but {vae_path} has {vae.channels}; name another with --vae"
         )
-    vae.set_resolution(sit.latent_size * vae.factor)
+
+
+def take_statistics(vae, sit):
+    """Give the VAE the latent statistics that the SiT was trained with, if its file holds any."""
+    if sit.info.get("latent_mean"):
+        decode_std = sit.info.get("latent_decode_std")
+        vae.set_statistics(sit.info["latent_mean"], sit.info["latent_std"], decode_std)
 
 
 def class_numbers(names, sit):

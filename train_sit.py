@@ -91,7 +91,7 @@ from common.training import (
 )
 from common.weights import load_sit, load_vae
 from models import VFM, SiT
-from sample import draw, set_labels
+from sample import check_channels, draw, set_labels, take_statistics
 
 # The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
 FREE = {"vae", "init", "sit_format", "cache", "preview_n", "preview_steps", "preview_cfg"}
@@ -528,11 +528,7 @@ def load_start(args, vae):
     latents."""
     start = load_sit(args.init, form=args.sit_format)
     args.init_hash = start.info["hash"]
-    if start.channels != vae.channels:
-        raise UserError(
-            f"--init {args.init} needs latents of {start.channels} channels, but {args.vae} has "
-            f"{vae.channels}; name another with --vae"
-        )
+    check_channels(start, vae, f"--init {args.init}", args.vae)
     if start.info["vae_hash"] is None:
         # A published SiT names no VAE. One of ours is not the one that it was trained on.
         is_same_vae = "format" in vae.info
@@ -540,9 +536,8 @@ def load_start(args, vae):
         is_same_vae = start.info["vae_hash"] == vae.info["hash"]
     if not is_same_vae:
         say(f"note: --init {args.init} was trained on the latents of another VAE than {args.vae}")
-    elif start.info.get("latent_mean"):
-        decode_std = start.info.get("latent_decode_std")
-        vae.set_statistics(start.info["latent_mean"], start.info["latent_std"], decode_std)
+    else:
+        take_statistics(vae, start)
     return start
 
 

@@ -27,6 +27,15 @@ NO_FILE = (-1, 0, 0)
 # One file
 
 
+def status_of(path):
+    """A path or os.DirEntry -> os.stat_result, or None where nothing is found, as at the end of a
+    broken link."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
 def file_state(status):
     """The os.stat_result of a file, or None -> (size in bytes, time of modification, time of change
     of its entry), both in ns; NO_FILE for anything but a regular file."""
@@ -125,14 +134,6 @@ def unchanged_rows(names, states, kept):
 # Files whose names are given
 
 COLUMNS = {"names": ("S", ()), "states": ("i", (3,)), "checksums": ("u", ())}
-
-
-def status_of(path):
-    """-> os.stat_result, or None where there is nothing to be found."""
-    try:
-        return os.stat(path)
-    except OSError:
-        return None
 
 
 def checksum_of(path):

@@ -33,6 +33,7 @@ from common.contents import (
     fingerprint_of,
     read_edges,
     read_table,
+    status_of,
     table_path,
     unchanged_rows,
     write_table,
@@ -150,11 +151,6 @@ def open_source(source):
     return open(source, "rb")
 
 
-def check_picture(path, decode=False):
-    """-> (width, height) of a picture, or words that say what is wrong with the file."""
-    return examine_picture(path, decode)[1]
-
-
 # --------------------------------------------------------------------------------------------------
 # A folder: listing it, refusing odd layouts, checking its pictures
 
@@ -264,14 +260,6 @@ def list_folder(root, folder):
     except OSError as error:
         raise UserError(f"cannot list {path!r}: {error.strerror}") from None
     return Listing(files, np.array(states, np.int64).reshape(-1, 3), folders, left_out)
-
-
-def status_of(entry):
-    """os.DirEntry -> os.stat_result of the file, or None for a broken link."""
-    try:
-        return entry.stat()
-    except OSError:
-        return None
 
 
 def refuse_endless_link(folder):

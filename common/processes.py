@@ -377,6 +377,17 @@ def available_cores():
     return os.cpu_count()
 
 
+@contextlib.contextmanager
+def without_tf32():
+    """The context of matrix products in full fp32 on GPUs, where `setup` allows TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 # --------------------------------------------------------------------------------------------------
 # Modules that several processes train together
 

@@ -6,8 +6,6 @@ N pictures have D latents z (flattened, normalised) and A attributes. A linear p
 s_a = w_a z + b_a of attribute a.
 """
 
-import io
-import csv
 import os
 
 import numpy as np
@@ -15,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.files import writing
 from common.pictures import from_uint8, save_grid
 from probing.multilabel import f1_scores
-from probing.tables import slug
+from probing.tables import slug, write_lines
 
 # Columns of a picture: by how many standard deviations the latents are moved.
 STEPS = (-3, -2, -1, 0, 1, 2, 3)
@@ -204,10 +201,7 @@ def edit_attributes(benchmark, label, weight, latents, decode, size, args, devic
 
 def write_leakage(path, names, leakage):
     """Writes the matrix (A,A): a line for each edited attribute, a column for each judged one."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["edited", *names])
+    lines = []
     for name, row in zip(names, leakage, strict=True):
-        writer.writerow([name, *(f"{value:.4f}" for value in row)])
-    with writing(path) as file:
-        file.write(text.getvalue().encode())
+        lines.append([name, *(f"{value:.4f}" for value in row)])
+    write_lines(path, ["edited", *names], lines)

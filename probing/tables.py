@@ -49,10 +49,15 @@ def write_csv(path, benchmark, strength, columns):
     }
     # Python's numbers, not numpy's, are written with all their digits and nothing else.
     values = [np.asarray(column).tolist() for column in columns.values()]
+    write_lines(path, columns, zip(*values, strict=True))
+
+
+def write_lines(path, header, lines):
+    """Writes a .csv of the titles in `header` and lines of as many values."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*values, strict=True))
+    writer.writerow(header)
+    writer.writerows(lines)
     with writing(path) as file:
         file.write(text.getvalue().encode())
 

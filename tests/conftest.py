@@ -72,6 +72,25 @@ def damage_inside(path):
         file.write(content[:start] + chunk + checksum + content[start + len(chunk) + 4 :])
 
 
+def interrupt_drawing(monkeypatch, number):
+    """Has sample.py be interrupted, as by Ctrl-C, where it begins to draw its batch of this number,
+    from 1. Returns the list that collects the ids of each batch, also of later runs."""
+    # Not at the top: it imports huggingface_hub, for which the variable above must be set.
+    import sample
+
+    draw = sample.draw
+    batches = []
+
+    def draw_or_stop(net, vae, ids, *rest):
+        batches.append(ids.tolist())
+        if len(batches) == number:
+            raise KeyboardInterrupt
+        return draw(net, vae, ids, *rest)
+
+    monkeypatch.setattr(sample, "draw", draw_or_stop)
+    return batches
+
+
 def make_vfm_weights(path):
     """Writes random weights of timm's test_vit to a safetensors file."""
     import timm

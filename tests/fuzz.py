@@ -50,7 +50,7 @@ import sample
 import train_sit
 from common.archives import Place, list_archive
 from common.files import UserError, write_json, write_weights
-from common.pictures import ImageSet, TrainingBatches, check_picture, load_image
+from common.pictures import ImageSet, TrainingBatches, examine_picture, load_image
 from common.runs import load_checkpoint, mark_done, resumable_array, save_checkpoint
 from common.weights import load_sit, load_vae
 from probing.benchmarks import read_benchmarks
@@ -704,7 +704,7 @@ def read_archive(path):
 
 def read_picture(path):
     """As a run reads it: the check first and then, if it finds nothing, the pixels."""
-    found = check_picture(path)
+    found = examine_picture(path)[1]
     if isinstance(found, str):
         raise UserError(found)
     x = load_image(path, 8)

@@ -25,7 +25,7 @@ from common.draws import _mix, normal, uniform
 from common.files import UserError
 from common.pictures import (
     adm_crop,
-    check_picture,
+    examine_picture,
     from_uint8,
     load_image,
     save_grid,
@@ -159,7 +159,7 @@ def test_every_kind_of_picture_becomes_rgb(mode, tmp_path):
     ending = {"CMYK": "tif", "YCbCr": "jpg"}.get(mode, "png")
     path = tmp_path / f"picture.{ending}"
     image.save(path)
-    assert isinstance(check_picture(path), tuple)
+    assert isinstance(examine_picture(path)[1], tuple)
     x = load_image(path, 32)
     assert x.shape == (32, 32, 3)
     assert mode == "1" or np.ptp(x) > 20

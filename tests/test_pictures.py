@@ -18,7 +18,7 @@ import train_sit
 import train_vae
 from common.contents import edge_checksum, fingerprint_of, read_edges
 from common.files import UserError
-from common.pictures import FORMATS, ImageSet, TrainingBatches, check_picture, load_image
+from common.pictures import FORMATS, ImageSet, TrainingBatches, examine_picture, load_image
 from common.processes import say
 from common.runs import list_checkpoints
 from common.weights import load_sit, load_vae
@@ -88,9 +88,9 @@ def test_a_jpeg_may_have_other_data_behind_its_end_but_not_be_cut(tmp_path):
     whole = read_bytes(tmp_path / "whole.jpg")
     write_bytes(tmp_path / "longer.jpg", whole + b"x" * 5000)
     write_bytes(tmp_path / "cut.jpg", whole[: len(whole) // 2])
-    assert check_picture(tmp_path / "whole.jpg") == (48, 40)
-    assert check_picture(tmp_path / "longer.jpg") == (48, 40)
-    assert "truncated" in check_picture(tmp_path / "cut.jpg")
+    assert examine_picture(tmp_path / "whole.jpg")[1] == (48, 40)
+    assert examine_picture(tmp_path / "longer.jpg")[1] == (48, 40)
+    assert "truncated" in examine_picture(tmp_path / "cut.jpg")[1]
 
 
 def test_check_data_finds_what_only_decoding_finds_and_is_kept(folder, capsys, monkeypatch):
@@ -159,10 +159,10 @@ def test_bad_pictures_are_named_before_training(kind, folder, capsys):
 
 def test_largest_and_narrowest_that_are_read(inside):
     Image.new("1", (400, 4)).save("a.png")
-    assert check_picture("a.png") == (400, 4)
+    assert examine_picture("a.png")[1] == (400, 4)
     assert load_image("a.png", 32).shape == (32, 32, 3)
     Image.new("1", (404, 4)).save("a.png")
-    assert "one side is more than 100 times the other" in check_picture("a.png")
+    assert "one side is more than 100 times the other" in examine_picture("a.png")[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_of_animations_the_first_frame_counts(name, form, inside):
     frames[0].save(name, form, save_all=True, append_images=frames[1:], **options)
     with Image.open(name) as image:
         assert image.n_frames == 3
-    assert check_picture(name, decode=True) == (32, 32)
+    assert examine_picture(name, decode=True)[1] == (32, 32)
     assert np.array_equal(load_image(name, 32), np.asarray(frames[0]))
 
 

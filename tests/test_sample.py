@@ -17,7 +17,7 @@ import fid
 import sample
 import train_sit
 from common.files import UserError, write_weights
-from conftest import SIT, refused, script
+from conftest import SIT, interrupt_drawing, refused, script
 from models import VAE, SiT
 
 
@@ -185,16 +185,7 @@ def test_a_folder_holds_the_pictures_of_the_npz(networks, capsys):
 
 def test_an_interrupted_folder_is_completed(networks, monkeypatch, capsys):
     script(sample, *WORDS, "--out", "whole")
-    draw = sample.draw
-    drawn = []
-
-    def interrupted_in_the_second_batch(net, vae, ids, *rest):
-        drawn.append(ids.tolist())
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        return draw(net, vae, ids, *rest)
-
-    monkeypatch.setattr(sample, "draw", interrupted_in_the_second_batch)
+    drawn = interrupt_drawing(monkeypatch, 2)
     with pytest.raises(SystemExit):
         script(sample, *WORDS, "--out", "set")
     with pytest.raises(UserError, match="set has 4 of the 10 pictures"):

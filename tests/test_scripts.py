@@ -30,6 +30,7 @@ from conftest import (
     SIT,
     VAE,
     damage_inside,
+    interrupt_drawing,
     kill_all_in,
     rank_1_in,
     read_metrics,
@@ -197,16 +198,7 @@ def test_pictures_do_not_depend_on_interruption(trained, monkeypatch):
     monkeypatch.chdir(trained)
     words = [*SAMPLE_10, "--batch-size", 3]
     script(sample, *words, "--out", "uninterrupted.npz")
-    draw = sample.draw
-    batches = []
-
-    def interrupted_in_the_third_batch(net, vae, ids, *rest):
-        batches.append(ids.tolist())
-        if len(batches) == 3:
-            raise KeyboardInterrupt
-        return draw(net, vae, ids, *rest)
-
-    monkeypatch.setattr(sample, "draw", interrupted_in_the_third_batch)
+    batches = interrupt_drawing(monkeypatch, 3)
     with pytest.raises(SystemExit):
         script(sample, *words, "--out", "again.npz")
     script(sample, *words, "--out", "again.npz")
