@@ -41,8 +41,8 @@ SIZE = 32
 
 # A small VAE with latents of 4 channels (f4d4), and a mapper from 2 x 2 latents to a token.
 # Most of a step's arithmetic is at full resolution, so its channels are few there. The perceptual
-# and adversarial losses are off: their networks are larger than the VAE itself. fp32 gives the same
-# pictures on every CPU, up to rounding; few CPUs are fast in bf16.
+# and adversarial losses are off: their networks are larger than the VAE itself. All is in fp32,
+# since few CPUs are fast in bf16.
 # The stages use a GPU where there is one. Compilation, the default there, would take longer than
 # the training of networks as small as these.
 VAE_FLAGS = f"""--resolution {SIZE} --spec f4d4 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1
