@@ -122,12 +122,37 @@ QUESTIONS = {
         "send_d32": tuned(MAPPER, "base_d32"),
     },
     "kind": {"constant_noise": tuned(f"{MAPPER} --noise-kind constant")},
+    "verdict_seeds": {
+        "no_noise_s1": tuned(f"{MAPPER} --no-noise --seed 1"),
+        "depth0_s1": tuned(f"{MAPPER} --mapper-depth 0 --seed 1"),
+        "depth2_s1": tuned(f"{MAPPER} --mapper-depth 2 --seed 1"),
+        "scratch_send_s1": Recipe(None, f"{NETWORK} {MAPPER} --seed 1"),
+        "no_noise_s2": tuned(f"{MAPPER} --no-noise --seed 2"),
+        "depth0_s2": tuned(f"{MAPPER} --mapper-depth 0 --seed 2"),
+        "depth2_s2": tuned(f"{MAPPER} --mapper-depth 2 --seed 2"),
+        "scratch_send_s2": Recipe(None, f"{NETWORK} {MAPPER} --seed 2"),
+    },
+    "long": {
+        "plain_long": tuned("--align none", "base_long"),
+        "send_long": tuned(MAPPER, "base_long"),
+    },
+    # No other VAE: the first steps of SiTs on the main pair, see early_job.
+    "early": {},
 }
 BASES = {
     "base": NETWORK,
     "base_d8": NETWORK.replace("d16", "d8"),
     "base_d32": NETWORK.replace("d16", "d32"),
+    "base_long": NETWORK,
 }
+
+# `base_long` is trained this many times as long as the other bases, to be near its best PSNR when
+# the tuning starts.
+LONG_BASE_FACTOR = 6
+
+# The first steps of a SiT: where sets of samples are drawn, and the learning rates.
+EARLY_POINTS = (100, 200, 300, 400)
+EARLY_RATES = (1e-3, 3e-4)
 
 # `plain_short` is tuned for this share of the steps. It was found by trying and gives `send`'s
 # PSNR.
@@ -216,19 +241,31 @@ def plan(args):
             jobs[f"judge {vae}"] = judge_job(args, vae)
             for seed in range(seeds):
                 add_sits(jobs, args, vae, seed)
-    # More SiT seeds.
-    for seed in range(1, args.seeds):
-        for vae in others:
-            add_sits(jobs, args, vae, seed)
-    # The same SiTs, trained further.
-    last_step = args.size.sit_points[-1]
-    for seed in range(args.seeds):
-        for vae in others:
-            after = f"sit {vae} {seed}"
-            jobs[f"late {vae} {seed}"] = sit_job(args, vae, seed, [last_step], after)
+    if "early" in args.only:
+        add_early_sits(jobs, args)
+    add_depth(jobs, args, others)
     if "main" in args.only:
         jobs["latents"] = latents_job(args)
     return jobs
+
+
+def add_early_sits(jobs, args):
+    for rate in EARLY_RATES:
+        for seed in range(args.seeds):
+            for vae in QUESTIONS["main"]:
+                jobs[f"early {vae} {rate:g} {seed}"] = early_job(args, vae, rate, seed)
+
+
+def add_depth(jobs, args, vaes):
+    """Adds more SiT seeds on VAEs that have one SiT, and then longer training of all of these."""
+    for seed in range(1, args.seeds):
+        for vae in vaes:
+            add_sits(jobs, args, vae, seed)
+    last_step = args.size.sit_points[-1]
+    for seed in range(args.seeds):
+        for vae in vaes:
+            after = f"sit {vae} {seed}"
+            jobs[f"late {vae} {seed}"] = sit_job(args, vae, seed, [last_step], after)
 
 
 def teacher_weights(args):
@@ -259,6 +296,8 @@ def add_vaes(jobs, args, recipes):
         if base is not None and f"vae {base}" not in jobs:
             flags = f"{BASES[base]} --align none"
             steps = args.size.base_steps
+            if base == "base_long":
+                steps *= LONG_BASE_FACTOR
             jobs[f"vae {base}"] = vae_job(
                 args, base, Recipe(None, flags), steps, SCRATCH_LEARNING_RATE
             )
@@ -344,18 +383,38 @@ def sit_job(args, vae, seed, points, after, variant="", flags="--repa 0", more_s
     after: name of the job to wait for. more_sets: at the last point also draw a set with
     guidance and, to see how much the draw alone changes, a second set without guidance.
     """
-    name = f"{vae}{variant}_{seed}"
-    folder = f"{args.out}/sit_{name}"
-    training = (
-        f"train_sit.py --data {args.data}/train --vae {args.out}/vae_{vae} {SIT_TRAINING} {flags}"
-    )
-
     # The sets to draw: (SiT step, suffix of the file's name, flags of sample.py).
     draws = [(step, "", f"--cfg 1 --seed {seed}") for step in points]
     if more_sets:
         draws.append((points[-1], "-guided", f"--cfg 1.5 --interval 0 1 --seed {seed}"))
         draws.append((points[-1], "-again", f"--cfg 1 --seed {seed + 100}"))
+    return Job([after, "classifier"], sit_commands(args, vae, seed, variant, flags, draws))
 
+
+def early_job(args, vae, rate, seed):
+    """The first steps of a SiT's training at a learning rate, with sets drawn from the averaged
+    weights (EMA) and, "-raw", from the weights themselves."""
+    draws = []
+    for step in EARLY_POINTS:
+        draws.append((step, "", f"--cfg 1 --seed {seed}"))
+        draws.append((step, "-raw", f"--cfg 1 --raw --seed {seed}"))
+    flags = f"--repa 0 --lr {rate:g}"
+    commands = sit_commands(args, vae, seed, f"-early{rate:g}", flags, draws)
+    return Job([f"vae {vae}", "classifier"], commands)
+
+
+def sit_commands(args, vae, seed, variant, flags, draws):
+    """Commands that train a SiT from set to set, draw the sets and judge them.
+
+    variant: what its name has after the VAE's. flags: of train_sit.py. draws: a list of (SiT step,
+    suffix of the set's name, flags of sample.py) in the order of the steps; the first of a step has
+    no suffix.
+    """
+    name = f"{vae}{variant}_{seed}"
+    folder = f"{args.out}/sit_{name}"
+    training = (
+        f"train_sit.py --data {args.data}/train --vae {args.out}/vae_{vae} {SIT_TRAINING} {flags}"
+    )
     commands = []
     sets = []
     for step, suffix, sampler_flags in draws:
@@ -370,7 +429,7 @@ def sit_job(args, vae, seed, points, after, variant="", flags="--repa 0", more_s
         sets.append(path)
     words = f"-m study.judge samples {' '.join(sets)} {judge_flags(args)}"
     commands.append(Command(words, sets[-1].replace(".npz", ".json")))
-    return Job([after, "classifier"], commands)
+    return commands
 
 
 def latents_job(args):
