@@ -35,6 +35,7 @@ from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import (
     autocast,
     barrier,
+    processor_seconds,
     rank,
     resolve_precision,
     run_main,
@@ -664,6 +665,7 @@ class Job(NamedTuple):
     features: np.ndarray  # (N,D)
     size: int | None = None  # of the pictures to draw, pixels; None: draw none
     channels: int | None = None  # of the latents; None: the features are no latents
+    seconds: float = 0.0  # processor seconds that the features took; those in the cache took none
 
 
 def needs_probe(args):
@@ -676,11 +678,12 @@ def latent_job(benchmark, vae, args, device):
     def encode(pictures):
         return vae.normalize(vae.encode(pictures)[0])
 
+    begin = processor_seconds()
     size = vae.resolution
     dims = vae.channels * vae.latent_size**2
     encoder = vae.info["hash"][:12]
     latents = cached_features(benchmark, encoder, size, dims, encode, args, device)
-    return Job(latents, size, vae.channels)
+    return Job(latents, size, vae.channels, processor_seconds() - begin)
 
 
 def baseline_jobs(benchmark, vae, args, device):
@@ -730,28 +733,49 @@ def prepare_jobs(paths, benchmarks, args, device):
 
 def run_job(benchmark, label, job, args, device):
     """Everything that the tasks ask for -> {measure: [value] or [value, low, high]}, and what
-    result.json records about how it was measured."""
+    result.json records about how it was measured, with the processor seconds of each task."""
     values, about = {}, {}
+    clock = Clock()
     if needs_probe(args):
         values, about, probe = probe_one(benchmark, job.features, label, job.size, args, device)
+        clock.stop("probe")
+    clock.spent["features"] = round(job.seconds, 2)
+    about["processor_seconds"] = clock.spent
     has_attributes = benchmark.targets.ndim == 2
     # The single feature of the majority's prediction is always 0.
     has_codes = job.features.shape[1] > 1
     if "disentanglement" in args.task and has_attributes and has_codes:
         task_values, about["disentanglement"] = disentangle_one(benchmark, job.features, probe)
         values.update(task_values)
+        clock.stop("disentanglement")
     # The rest is about latents only.
     if job.channels is None:
         return values, about
     if "editing" in args.task and has_attributes:
         task_values, about["editing"] = edit_one(benchmark, label, job, probe, args, device)
         values.update(task_values)
+        clock.stop("editing")
     for task, function in (("uniformity", uniformity), ("mixture", mixture)):
         if task in args.task:
             points = latent_points(job.features, job.channels, args.seed)
             task_values, about[task] = function(points, args.seed)
             values.update(task_values)
+            clock.stop(task)
     return values, about
+
+
+class Clock:
+    """The processor seconds of one task after the other: spent, {task: seconds}."""
+
+    def __init__(self):
+        self.spent = {}
+        self.begin = processor_seconds()
+
+    def stop(self, task):
+        """Counts what was spent since the last call to this task."""
+        now = processor_seconds()
+        self.spent[task] = round(now - self.begin, 2)
+        self.begin = now
 
 
 def disentangle_one(benchmark, features, probe):

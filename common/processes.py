@@ -369,6 +369,12 @@ def conv_memory_format(device, precision="fp32", training=False):
     return torch.contiguous_format
 
 
+def processor_seconds():
+    """Seconds that processors have spent on this process, and on those of its child processes that
+    have ended. Other work on the machine does not count."""
+    return sum(os.times()[:4])
+
+
 def available_cores():
     """Number of processor cores that this process may use."""
     # macOS has no sched_getaffinity.

@@ -6,6 +6,7 @@ N pictures have D latents z (flattened, normalised) and A attributes. A linear p
 s_a = w_a z + b_a of attribute a.
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.files import UserError, load_strictly, read_weights, writing
 from common.pictures import from_uint8, save_grid
 from probing.multilabel import f1_scores
 from probing.tables import slug, write_lines
@@ -107,6 +109,26 @@ def train_judge(pictures, targets, seed, device, steps, batch=64):
     return judge.eval()
 
 
+def cached_judge(pictures, targets, seed, device, steps, cache):
+    """train_judge(...), or what an earlier call with the same pictures, targets, seed and steps
+    kept in the folder `cache`. It does not depend on the VAE, so several VAEs share one."""
+    digest = hashlib.sha256(pictures.numpy().tobytes())
+    digest.update(np.ascontiguousarray(targets).tobytes())
+    digest.update(f"{targets.shape} {seed} {steps} {torch.device(device).type}".encode())
+    path = os.path.join(cache, f"judge-{digest.hexdigest()[:16]}.pt")
+    if os.path.exists(path):
+        judge = build_judge(targets.shape[1]).to(device).eval()
+        try:
+            load_strictly(judge, read_weights(path)[0], path)
+        except UserError as error:
+            raise UserError(f"{error}; remove it to have this judge trained again") from None
+        return judge
+    judge = train_judge(pictures, targets, seed, device, steps)
+    with writing(path) as file:
+        torch.save(judge.state_dict(), file)
+    return judge
+
+
 @torch.no_grad()
 def probabilities(judge, pictures, device):
     """uint8 pictures (N,3,S,S) -> the judge's probabilities, (N,A)."""
@@ -140,7 +162,8 @@ def summary(leakage):
 def edit_attributes(benchmark, label, weight, latents, decode, size, args, device, judge_steps=600):
     """Edits held-out pictures by every attribute that both occurs and is absent in the training
     split. Writes to args.out, for each attribute, edits/<benchmark>-<label>/<attribute>.png (a
-    row for each picture, a column for each of STEPS) and one leakage.csv.
+    row for each picture, a column for each of STEPS) and one leakage.csv. Keeps the judge in
+    args.cache.
 
     The leakage of attribute a on attribute b is how much the judge's probability of b rises from
     the first of STEPS to the last, a mean over the pictures.
@@ -156,12 +179,13 @@ def edit_attributes(benchmark, label, weight, latents, decode, size, args, devic
     rng = np.random.default_rng(args.seed)
 
     picked = np.sort(rng.permutation(np.arange(training.stop))[:TRAINING_PICTURES])
-    judge = train_judge(
+    judge = cached_judge(
         benchmark.load(picked, size),
         targets[np.ix_(picked, chosen)],
         args.seed,
         device,
         judge_steps,
+        args.cache,
     )
     held_out = rng.permutation(np.arange(test.start, test.stop))[:JUDGED_PICTURES]
     # The judge's own quality, on the originals.

@@ -7,10 +7,12 @@ VAE's latents and reconstructions.
     python -m study.judge classifier $DATA --out classifier.pt
     python -m study.judge samples a.npz b.npz $JUDGES          # writes a.json, b.json
     python -m study.judge vae runs/study/vae_send $JUDGES --out send.json
+    python -m study.judge ifid runs/study/vae_send $DATA --classifier classifier.pt --out ifid.json
     python -m study.judge latents runs/study/vae_plain runs/study/vae_send $DATA --out latents.png
 
 The distances are of the classifier's 128 pooled features and of the vision model's pooled tokens;
-neither is FID. --data is a folder with train/ and test/ in ImageNet's layout.
+neither is FID. Without --vfm there is only the first. --data is a folder with train/ and test/ in
+ImageNet's layout.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from torch import nn
 
 from common.files import UserError, read_weights, state_hash, write_json, writing
 from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches, save_grid, to_uint8
-from common.processes import run_main, say, setup
+from common.processes import processor_seconds, run_main, say, setup
 from common.weights import load_vae
 from models import VFM
 import fid
@@ -124,19 +126,19 @@ def load_classifier(path):
 
 
 class Judge:
-    """The features of both networks, and those of args.real real training pictures, which are kept
-    in a file beside the classifier."""
+    """The features of the classifier and, if args.vfm names it, of the vision model; and those of
+    args.real real training pictures, which are kept in a file beside the classifier."""
 
     def __init__(self, args):
         self.classifier = load_classifier(args.classifier)
-        self.vfm = VFM(args.vfm, args.vfm_weights, args.size, args.grid, args.vfm_stride)
+        self.vfm = None
+        if args.vfm is not None:
+            self.vfm = VFM(args.vfm, args.vfm_weights, args.size, args.grid, args.vfm_stride)
         pictures = fid.Pictures(os.path.join(args.data, "train"), args.real, args.size)
-        # The file's name identifies the pictures and both networks.
-        hashes = [
-            pictures.set.fingerprint[:8],
-            state_hash(self.classifier.state_dict())[:8],
-            state_hash(self.vfm.state_dict())[:8],
-        ]
+        # The file's name identifies the pictures and the networks.
+        hashes = [pictures.set.fingerprint[:8], state_hash(self.classifier.state_dict())[:8]]
+        if self.vfm is not None:
+            hashes.append(state_hash(self.vfm.state_dict())[:8])
         name = f"real-{pictures.count}-{'-'.join(hashes)}.pt"
         path = os.path.join(os.path.dirname(args.classifier), name)
         if not os.path.exists(path):
@@ -147,11 +149,13 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images):
-        """images: uint8 (B,3,H,W). Returns the features "classifier" (B,128) and "target" (B,D),
-        the vision model's mean token, and the classifier's "logits" (B,classes)."""
+        """images: uint8 (B,3,H,W). Returns the features "classifier" (B,128); with a vision model
+        "target" (B,D), its mean token; and the classifier's "logits" (B,classes)."""
         logits, pooled = self.classifier(images)
-        target = self.vfm(from_uint8(images)).mean(1)
-        return {"classifier": pooled, "target": target, "logits": logits}
+        found = {"classifier": pooled, "logits": logits}
+        if self.vfm is not None:
+            found["target"] = self.vfm(from_uint8(images)).mean(1)
+        return found
 
     def features_of_set(self, pictures):
         """The features of all pictures of a fid.Pictures."""
@@ -160,11 +164,15 @@ class Judge:
     def distances(self, features):
         """{network: Frechet distance of a set's features from those of the real pictures}."""
         return {
-            network: fid.frechet_distance(
-                *mean_and_covariance(features[network]), *mean_and_covariance(self.real[network])
-            )
+            network: feature_distance(features[network], self.real[network])
             for network in ("classifier", "target")
+            if network in self.real
         }
+
+
+def feature_distance(a, b):
+    """Frechet distance of two sets, from their features (n,D) and (m,D)."""
+    return fid.frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b))
 
 
 def concatenate(parts):
@@ -200,48 +208,109 @@ def judge_samples(args):
 # A VAE's latents and reconstructions
 
 
-@torch.no_grad()
 def judge_vae(args):
     """Measures a VAE on args.num test pictures: a dict for its JSON file. Beside that file it draws
-    pictures along straight lines between latents.
+    pictures along straight lines between latents."""
+    judge = Judge(args)
+    vae = load_vae(args.paths[0])
+    pictures = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
+    latents, measured = measure_reconstructions(vae, judge, pictures)
+    draw_path(vae, pictures, args.out.removesuffix(".json") + "-path.png")
+    return {**measured, **measure_latents(vae, latents), "pictures": pictures.count}
 
-    reconstruction_*: distances; psnr (dB), ssim: of the reconstructions. Of the normalised latents:
+
+@torch.no_grad()
+def measure_reconstructions(vae, judge, pictures):
+    """Encodes and decodes a fid.Pictures -> the means of the posteriors (n,C,h,w), and a dict:
+
+    psnr (dB), ssim: of the reconstructions. reconstruction_<network>: their distances from the
+    judge's real pictures. processor_seconds: of encoding, and of decoding with PSNR and SSIM.
+    """
+    latents = []
+    features = []
+    quality = []
+    spent = {"encoding": 0.0, "decoding": 0.0}
+    for _, images in pictures.batches(CPU, 0):
+        begin = processor_seconds()
+        z, _ = vae.encode(from_uint8(images))
+        encoded = processor_seconds()
+        reconstructions = to_uint8(vae.decode(z))
+        psnr = fid.psnr(images, reconstructions)
+        ssim = fid.ssim(images, reconstructions)
+        spent["encoding"] += encoded - begin
+        spent["decoding"] += processor_seconds() - encoded
+        latents.append(z)
+        features.append(judge.features(reconstructions))
+        quality.append(torch.stack([psnr, ssim]))
+    psnr, ssim = torch.cat(quality, 1).mean(1).tolist()
+    distances = judge.distances(concatenate(features))
+    measured = {f"reconstruction_{network}": value for network, value in distances.items()}
+    spent = {step: round(seconds, 2) for step, seconds in spent.items()}
+    return torch.cat(latents), {**measured, "psnr": psnr, "ssim": ssim, "processor_seconds": spent}
+
+
+def measure_latents(vae, latents):
+    """Statistics of a VAE's latents (n,C,h,w), not yet normalised.
+
     rank_channels, rank_flat: effective ranks of the channels and of flattened latents;
     neighbour_correlation: of adjacent positions; channel_spread: the largest standard deviation of
     a channel over the smallest, before normalisation.
     """
-    judge = Judge(args)
-    vae = load_vae(args.paths[0])
-    pictures = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
-    latents = []
-    features = []
-    quality = []
-    for _, images in pictures.batches(CPU, 0):
-        z, _ = vae.encode(from_uint8(images))
-        reconstructions = to_uint8(vae.decode(z))
-        latents.append(z)
-        features.append(judge.features(reconstructions))
-        psnr = fid.psnr(images, reconstructions)
-        ssim = fid.ssim(images, reconstructions)
-        quality.append(torch.stack([psnr, ssim]))
-    psnr, ssim = torch.cat(quality, 1).mean(1).tolist()
-    distances = judge.distances(concatenate(features))
-
-    z = vae.normalize(torch.cat(latents)).double()  # (n,C,h,w)
+    z = vae.normalize(latents).double()  # (n,C,h,w)
     centred = z - z.mean((0, 2, 3), keepdim=True)
-
-    draw_path(vae, pictures, args.out.removesuffix(".json") + "-path.png")
     return {
-        "reconstruction_classifier": distances["classifier"],
-        "reconstruction_target": distances["target"],
-        "psnr": psnr,
-        "ssim": ssim,
         "rank_channels": effective_rank(centred.transpose(0, 1).flatten(1).T),
         "rank_flat": effective_rank(z.flatten(1)),
         "neighbour_correlation": neighbour_correlation(centred),
         "channel_spread": (vae.latent_std.max() / vae.latent_std.min()).item(),
-        "pictures": pictures.count,
     }
+
+
+def judge_ifid(args):
+    """Measures iFID of a VAE, between args.num test pictures and the training pictures: a dict for
+    its JSON file. Beside that file it draws originals, reconstructions, interpolations and
+    neighbours."""
+    vae = load_vae(args.paths[0])
+    held_out = fid.Pictures(os.path.join(args.data, "test"), args.num, vae.resolution)
+    training = fid.Pictures(os.path.join(args.data, "train"), args.neighbours, vae.resolution)
+    path = args.out.removesuffix(".json") + ".png"
+    return measure_ifid(vae, load_classifier(args.classifier), held_out, training, path)
+
+
+def measure_ifid(vae, classifier, held_out, training, path=None):
+    """iFID as in fid.py, in the features of a Classifier -> {"ifid": float, "rfid": the same
+    distance of the reconstructions, "interpolation": all that moves it, "processor_seconds":
+    float}.
+
+    held_out, training: fid.Pictures of the VAE's resolution. The reference is the held-out
+    originals. path: of a PNG to write. With as many held-out pictures as features have dimensions,
+    or a few times as many, the distance is biased upwards, so only distances of the same held-out
+    pictures can be compared.
+    """
+    begin = processor_seconds()
+    found = fid.find_cached_latents(vae, training)
+    latents = fid.TrainingLatents(vae, training, CPU, 0, "fp32", *found)
+    between = fid.Interpolations(vae, held_out, latents)
+    joined = pooled_features(classifier, (images for _, images in between.batches()))
+    originals = pooled_features(classifier, (images for _, images in held_out.batches(CPU, 0)))
+    ifid = feature_distance(joined, originals)
+    spent = processor_seconds() - begin
+    decoded = (between.decode(rows) for rows in between.rows.split(held_out.batch_size))
+    rfid = feature_distance(pooled_features(classifier, decoded), originals)
+    if path is not None:
+        between.save_picture(path)
+    return {
+        "ifid": ifid,
+        "rfid": rfid,
+        "interpolation": between.record,
+        "processor_seconds": round(spent, 2),
+    }
+
+
+@torch.no_grad()
+def pooled_features(classifier, batches):
+    """Batches of pictures uint8 (b,3,H,W) -> a Classifier's pooled features (n,128)."""
+    return torch.cat([classifier(images)[1] for images in batches])
 
 
 def effective_rank(x):
@@ -308,11 +377,11 @@ def parse_arguments(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("subject", choices=["classifier", "samples", "vae", "latents"])
-    p.add_argument("paths", nargs="*", help="samples: .npz files; vae, latents: folders")
+    p.add_argument("subject", choices=["classifier", "samples", "vae", "ifid", "latents"])
+    p.add_argument("paths", nargs="*", help="samples: .npz files; vae, ifid, latents: folders")
     p.add_argument("--data", required=True)
     p.add_argument("--classifier")
-    p.add_argument("--vfm")
+    p.add_argument("--vfm", help="timm model that VAEs were aligned to")
     p.add_argument("--vfm-weights")
     p.add_argument("--vfm-stride", type=int)
     p.add_argument("--grid", type=int, default=8, help="side of the vision model's token grid")
@@ -324,9 +393,15 @@ def parse_arguments(argv=None):
         default=10000,
         help="training pictures that samples are compared with, evenly spaced",
     )
+    p.add_argument(
+        "--neighbours",
+        type=int,
+        help="ifid: training pictures among which neighbours are looked for, evenly spaced "
+        "(default: all)",
+    )
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", help="classifier: .pt; vae: .json; latents: .png")
+    p.add_argument("--out", help="classifier: .pt; vae, ifid: .json; latents: .png")
     return p.parse_args(argv)
 
 
@@ -341,6 +416,8 @@ def main():
         judge_samples(args)
     elif args.subject == "latents":
         draw_latents(args)
+    elif args.subject == "ifid":
+        write_json(args.out, judge_ifid(args))
     else:
         write_json(args.out, judge_vae(args))
 

@@ -61,11 +61,14 @@ class Size(NamedTuple):
     # SiT steps at which `plain` and `send` are judged; all other VAEs at compare_step and the last.
     sit_points: tuple
     compare_step: int
+    # Flag of study.judge ifid, with a space before it: among how many training pictures it looks
+    # for neighbours.
+    neighbours: str = ""
 
 
 SIZES = {
     "full": Size(4400, 5000, (250, 500, 750, 1000, 2000), 750),
-    "quick": Size(3000, 3500, (250, 500, 750), 750),
+    "quick": Size(3000, 3500, (250, 500, 750), 750, " --neighbours 10000"),
 }
 
 
@@ -348,13 +351,21 @@ def judge_job(args, vae):
     judged = f"{args.out}/judged/{vae}.json"
     probe = f"{args.out}/probe_{vae}"
     shared = f"probe.py --vae {folder} --train-images 10000 --pictures 0 --workers 1"
+    ifid = f"{args.out}/judged/{vae}-ifid.json"
+    ifid_flags = f"--data {args.data} --classifier {args.out}/classifier.pt{args.size.neighbours}"
     classes = f"--data {args.data} --task classes --task uniformity --task mixture --out {probe}"
     attributes = f"--data {args.out}/attributes --task attributes --out {probe}_attributes"
     commands = [
         Command(f"-m study.judge vae {folder} {judge_flags(args)} --out {judged}", judged),
         Command(f"{shared} {classes}", f"{probe}/result.json"),
         Command(f"{shared} {attributes}", f"{probe}_attributes/result.json"),
+        Command(f"-m study.judge ifid {folder} {ifid_flags} --out {ifid}", ifid),
     ]
+    if not args.quick:
+        # In a folder of its own, so that what an earlier study has measured need not be redone.
+        editing = f"--data {args.out}/attributes --task disentanglement --task editing"
+        words = f"{shared} {editing} --out {probe}_editing"
+        commands.append(Command(words, f"{probe}_editing/result.json"))
     return Job([f"vae {vae}", "classifier"], commands)
 
 

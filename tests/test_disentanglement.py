@@ -15,7 +15,9 @@ from scipy.stats import entropy
 from sklearn.metrics import balanced_accuracy_score, mutual_info_score
 from sklearn.tree import DecisionTreeClassifier
 
+from common.files import UserError
 from probe import fit_linear_probe
+from probing import editing
 from probing.disentanglement import (
     balanced_accuracy,
     dci,
@@ -213,9 +215,16 @@ def test_the_pattern_is_the_regression_of_the_latents_on_the_score(planted_pictu
     assert cosine == pytest.approx(1, abs=1e-6)
 
 
+def edit_arguments(folder, direction, orthogonal):
+    """The flags of probe.py that edit_attributes reads."""
+    return SimpleNamespace(
+        seed=0, out=folder, cache=folder, edit_direction=direction, orthogonal=orthogonal
+    )
+
+
 @pytest.mark.parametrize("kind", ["pattern", "weight"])
 def test_the_edited_attribute_moves_more_than_any_other(planted_pictures, probe, kind, tmp_path):
-    args = SimpleNamespace(seed=0, out=tmp_path, edit_direction=kind, orthogonal=True)
+    args = edit_arguments(tmp_path, kind, orthogonal=True)
     values, about = edit_attributes(
         planted_pictures, "vae", probe.weight, planted_pictures.latents, decode, 16, args, "cpu", 60
     )
@@ -239,9 +248,7 @@ def test_without_orthogonality_an_attribute_takes_along_what_goes_with_it(
 ):
     leakage = {}
     for orthogonal in (False, True):
-        args = SimpleNamespace(
-            seed=0, out=tmp_path, edit_direction="pattern", orthogonal=orthogonal
-        )
+        args = edit_arguments(tmp_path, "pattern", orthogonal)
         _, about = edit_attributes(
             planted_pictures,
             "vae",
@@ -255,3 +262,33 @@ def test_without_orthogonality_an_attribute_takes_along_what_goes_with_it(
         )
         leakage[orthogonal] = np.array(about["leakage"])
     assert leakage[False][0, 2] > leakage[True][0, 2] + 0.2
+
+
+def test_the_judge_is_trained_once_for_the_same_pictures(tmp_path, monkeypatch):
+    trained = []
+
+    def train(pictures, targets, seed, device, steps):
+        trained.append(seed)
+        torch.manual_seed(seed)
+        return editing.build_judge(targets.shape[1]).eval()
+
+    monkeypatch.setattr(editing, "train_judge", train)
+    pictures = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    targets = np.array([[0, 1], [1, 0], [1, 1], [0, 0]], np.int8)
+    first = editing.cached_judge(pictures, targets, 0, "cpu", 5, tmp_path)
+    again = editing.cached_judge(pictures, targets, 0, "cpu", 5, tmp_path)
+    assert trained == [0]
+    scores = editing.probabilities(first, pictures, "cpu")
+    assert np.array_equal(editing.probabilities(again, pictures, "cpu"), scores)
+
+    # Anything that changes the judge trains another.
+    editing.cached_judge(pictures, targets, 1, "cpu", 5, tmp_path)
+    editing.cached_judge(pictures, targets, 0, "cpu", 6, tmp_path)
+    editing.cached_judge(pictures, 1 - targets, 0, "cpu", 5, tmp_path)
+    editing.cached_judge(pictures + 1, targets, 0, "cpu", 5, tmp_path)
+    assert trained == [0, 1, 0, 0, 0]
+
+    for path in tmp_path.glob("judge-*.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"judge-.*remove it to have this judge trained again"):
+        editing.cached_judge(pictures, targets, 0, "cpu", 5, tmp_path)

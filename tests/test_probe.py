@@ -879,7 +879,11 @@ def check_record(result):
     assert result["vaes"]["runs/vae2"]["hash"]
     assert result["arguments"]["seed"] == 0
     assert "commit" in result["provenance"]
-    assert result["fits"]["pictures, runs/vae2"]["uniformity"]["bandwidth"] > 0
+    about_fit = result["fits"]["pictures, runs/vae2"]
+    assert about_fit["uniformity"]["bandwidth"] > 0
+    spent = about_fit["processor_seconds"]
+    assert set(spent) == {"features", "probe", "uniformity"}
+    assert spent["probe"] > 0
 
 
 def f1_of_each_attribute(path):

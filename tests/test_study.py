@@ -17,6 +17,7 @@ from scipy import stats
 
 from common.files import UserError, read_weights, write_json, write_weights
 from common.flags import share_batch
+from common.weights import load_vae
 import fid
 import models
 import probe
@@ -633,3 +634,61 @@ def test_the_distance_of_a_set_from_itself_is_nothing_and_of_a_shifted_one_the_s
     assert stub.distances(stub.real)["classifier"] < 1e-6
     moved = dict(classifier=features + 1, target=features)
     assert stub.distances(moved)["classifier"] == pytest.approx(128, rel=1e-4)
+
+
+def small_vae(path):
+    """Writes a VAE with random weights, for pictures of 32 pixels."""
+    torch.manual_seed(0)
+    vae = models.VAE("f4d4", 32, 32, [1, 1, 1], 1)
+    write_weights(path, "vae", vae.state_dict(), vae.config, {})
+
+
+def test_ifid_is_the_distance_of_interpolations_in_the_classifiers_features(pictures, inside):
+    """Against a formula without covariances: tr (S S')^(1/2) is the nuclear norm of the product of
+    the centred features over n - 1."""
+    for name in ("train", "test"):
+        os.symlink(pictures, name)
+    small_vae("v.safetensors")
+    net = judge.Classifier(2).eval()
+    torch.save(dict(net.state_dict(), accuracy=torch.tensor(0.5)), "c.pt")
+    words = "ifid v.safetensors --data . --classifier c.pt --num 16 --neighbours 20 --out o/i.json"
+    script(judge, *words.split())
+    with open("o/i.json") as file:
+        result = json.load(file)
+    assert os.path.exists("o/i.png")
+    record = result["interpolation"]
+    assert record["held out"] == 16
+    assert record["training"]["pictures"] == 20
+    assert record["neighbours"] == 10
+    assert result["processor_seconds"] > 0
+
+    vae = load_vae("v.safetensors")
+    held_out = fid.Pictures("test", 16, 32)
+    training = fid.TrainingLatents(vae, fid.Pictures("train", 20, 32), torch.device("cpu"), 0)
+    joined = [images for _, images in fid.Interpolations(vae, held_out, training).batches()]
+    with torch.no_grad():
+        a = net(torch.cat(joined))[1].double().numpy()
+        b = net(held_out.stack(np.arange(16), 32))[1].double().numpy()
+    expected = np.square(a.mean(0) - b.mean(0)).sum()
+    a -= a.mean(0)
+    b -= b.mean(0)
+    expected += (np.square(a) + np.square(b)).sum() / 15
+    expected -= 2 * np.linalg.norm(a @ b.T, "nuc") / 15
+    assert result["ifid"] == pytest.approx(expected, rel=1e-4)
+    assert result["rfid"] != result["ifid"]
+
+
+def test_without_a_vision_model_there_is_only_the_classifiers_distance(pictures, inside):
+    os.symlink(pictures, "train")
+    net = judge.Classifier(2).eval()
+    torch.save(dict(net.state_dict(), accuracy=torch.tensor(0.5)), "c.pt")
+    words = ["vae", "none", "--data", ".", "--classifier", "c.pt", "--real", "20"]
+    found = judge.Judge(judge.parse_arguments(words))
+    small_vae("v.safetensors")
+    latents, measured = judge.measure_reconstructions(
+        load_vae("v.safetensors"), found, fid.Pictures("train", 8, 32)
+    )
+    assert latents.shape == (8, 4, 8, 8)
+    spent = measured.pop("processor_seconds")
+    assert set(spent) == {"encoding", "decoding"}
+    assert set(measured) == {"reconstruction_classifier", "psnr", "ssim"}
