@@ -306,6 +306,7 @@ def take_statistics(vae, sit):
     if sit.info.get("latent_mean"):
         decode_std = sit.info.get("latent_decode_std")
         vae.set_statistics(sit.info["latent_mean"], sit.info["latent_std"], decode_std)
+        vae.info["latent_statistics"] = "those of the SiT"
 
 
 def class_numbers(names, sit):

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.draws import normal, uniform
-from common.files import UserError, load_strictly, reading, write_json
+from common.files import UserError, load_strictly, network_hash, reading, write_json
 from common.flags import (
     add_training_flags,
     parse_flags,
@@ -482,8 +482,9 @@ def build_networks(args, vae, num_classes, device):
         vfm = VFM(
             args.vfm, args.vfm_weights, vae.resolution, grid, args.vfm_stride, args.vfm_norm
         ).to(device)
-        # Checkpoints record what came of the flag.
+        # Checkpoints record what came of the flags.
         args.vfm_norm = vfm.norm
+        args.vfm_weights_hash = network_hash(vfm)
         config["vfm_dim"] = vfm.dim
     torch.manual_seed(args.seed)
     net = SiT(**config)
@@ -580,7 +581,7 @@ def compiled_and_parallel(networks, args, device):
 
 
 def load_data(args, device, precision):
-    """The VAE, the pictures, and the cache of their latents, which is filled first."""
+    """The VAE and the pictures."""
     args.vae = args.vae or os.path.dirname(
         newest_result("vae.safetensors", "VAE", "python train_vae.py")
     )
@@ -595,10 +596,15 @@ def load_data(args, device, precision):
         f"VAE {args.vae}, hash {args.vae_hash}"
     )
     say_if_enlarged(data, vae.resolution)
+    return vae, data
+
+
+def load_latents(vae, data, args, device, precision):
+    """The cache of the pictures' latents, which is filled first."""
     folder = cache_latents(vae, data, args, device, precision)
     if vae.info.get("latent_statistics") == NO_STATISTICS:
         measure_statistics(vae, folder)
-    return vae, data, LatentCache(folder)
+    return LatentCache(folder)
 
 
 def main():
@@ -610,7 +616,7 @@ def main():
     share_batch(args.batch_size, args.accum)
 
     # Data
-    vae, data, latents = load_data(args, device, precision)
+    vae, data = load_data(args, device, precision)
     total, steps_per_epoch = count_steps(args, len(data))
 
     # Networks and optimiser
@@ -628,6 +634,8 @@ def main():
         return
 
     # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
+    # Caching takes hours on ImageNet, so it waits until the checkpoint is known to fit.
+    latents = load_latents(vae, data, args, device, precision)
     networks = compiled_and_parallel(plain, args, device)
     measurements = build_measurements(args, vae, device, precision)
     image_size = vae.resolution if args.repa else None

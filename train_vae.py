@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.draws import normal, uniform
-from common.files import UserError
+from common.files import UserError, network_hash
 from common.flags import (
     add_training_flags,
     parse_flags,
@@ -671,16 +671,20 @@ def build_networks(args, device, precision):
         vfm = VFM(
             args.vfm, args.vfm_weights, args.resolution, grid, args.vfm_stride, args.vfm_norm
         ).to(device)
-        # Checkpoints record what came of the flag.
+        # Checkpoints record what came of the flags.
         args.vfm_norm = vfm.norm
+        args.vfm_weights_hash = network_hash(vfm)
         torch.manual_seed(args.seed + 1)
         mapper = build_mapper(args, vae, vfm.dim, patch)
     if args.lpips:
         lpips = LPIPS(args.lpips_weights, args.lpips_rescale).to(device, memory_format=layout)
+        args.lpips_weights_hash = network_hash(lpips)
     if args.gan:
         torch.manual_seed(args.seed + 2)
+        args.init_disc_hash = None
         if args.init_disc:
             discriminator = load_discriminator(args.init_disc).train()
+            args.init_disc_hash = network_hash(discriminator)
         else:
             discriminator = PatchDiscriminator()
         discriminator.to(device, memory_format=layout)
@@ -690,8 +694,10 @@ def build_networks(args, device, precision):
 
 
 def build_vae(args):
+    args.init_hash = None
     if args.init:
         vae = load_vae(args.init).train()
+        args.init_hash = vae.info["hash"]
         vae.set_resolution(args.resolution)
     else:
         vae = VAE(args.spec, args.resolution, args.ch, args.ch_mult, args.num_res_blocks)
@@ -794,6 +800,7 @@ def load_data(args):
     val_data = ImageSet(args.val) if args.val else None
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}")
     say_if_enlarged(data, args.resolution)
+    args.val_hash = None if val_data is None else val_data.fingerprint
     others = None
     if args.shuffle_targets:
         partner = np.random.default_rng(args.seed).permutation(len(data))

@@ -120,6 +120,14 @@ def state_hash(state):
     return digest.hexdigest()[:16]
 
 
+def network_hash(network):
+    """The state_hash of a network, which does not depend on the file that its weights are from. Its
+    tables of positions do not count: timm resamples them to the size of the pictures, and their
+    last bits may differ between machines."""
+    state = network.state_dict()
+    return state_hash({name: state[name] for name in state if "pos" not in name})
+
+
 def content_hash(weights_hash, metadata):
     """The hash of all that a weight file of ours holds: the state_hash of its weights and its
     metadata, apart from the entry "hash", where the result is kept."""

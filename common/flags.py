@@ -237,6 +237,11 @@ FREE_FLAGS = {
 }
 
 
+# Flags of what is measured. They may change, too, but that is said: a curve then goes on with
+# values of another kind.
+MEASURED_FLAGS = {"val_hash", "fid_ref", "inception_weights", "probe_data"}
+
+
 # What a run did before these flags existed, whose names its checkpoint lacks.
 BEFORE_FLAGS = {
     "flip": True,

@@ -33,7 +33,7 @@ from common.files import (
     write_weights,
     writing,
 )
-from common.flags import FREE_FLAGS, settings_of
+from common.flags import FREE_FLAGS, MEASURED_FLAGS, settings_of
 from common.pictures import save_grid
 from common.processes import barrier, mean_over_processes, rank, say, world
 from common.training import reuse_passes
@@ -374,27 +374,63 @@ def say_if_warming_up(args, saved):
 
 def refuse_other_settings(args, saved, free):
     """Raises a UserError that names every flag, but the `free` ones, whose value is not the saved
-    one. What differs by leave of --change is said.
+    one. What differs by leave of --change, or in what is measured, is said.
     """
     if args.lr_schedule == "cosine":
         # The learning rate of every step depends on the number of the last one.
         free = free - {"steps", "epochs"}
-    may_change = flags_to_change(args)
+    may_change = flags_to_change(args) | MEASURED_FLAGS
     differ = []
-    for name, value in vars(args).items():
-        if name in free or name not in saved or saved[name] == value:
+    for name in vars(args):
+        if name in free - MEASURED_FLAGS or name not in saved:
             continue
-        words = f"--{name.replace('_', '-')} was {saved[name]} and is now {value}"
-        if name in may_change:
-            say(f"changed   {words}")
-        else:
+        words = describe_change(name, saved, vars(args))
+        if words is None:
+            continue
+        if may_change.isdisjoint({name, name.removesuffix("_hash")}):
             differ.append(words)
+        else:
+            say(f"changed   {words}")
     if differ:
         raise UserError(
             f"{args.out} holds a run with other settings: {'; '.join(differ)}; use the same flags "
             "to resume, allow a change with --change, give another --out, or begin anew with "
             "--overwrite"
         )
+
+
+def describe_change(name, saved, now):
+    """How a setting differs between two dicts {name: value}, in words, or None if it does not.
+
+    <flag>_hash tells what the file of a flag holds, so it counts instead of the file's path."""
+    if is_same_setting(name, saved[name], now[name]):
+        return None
+    flag = name.removesuffix("_hash")
+    before = saved[name]
+    after = now[name]
+    if flag != name:
+        before = describe_file(saved.get(flag), before)
+        after = describe_file(now[flag], after)
+    return f"--{flag.replace('_', '-')} was {before} and is now {after}"
+
+
+def is_same_setting(name, before, after):
+    if name in MEASURED_FLAGS and before and after:
+        # Two spellings of one path. It does not change a hash.
+        return os.path.realpath(before) == os.path.realpath(after)
+    return before == after
+
+
+def describe_file(path, content):
+    """A flag's path, or paths, or None, and the hash of what is there, None without a file -> words
+    for a message."""
+    if content is None:
+        return "not given"
+    if not path:
+        path = "the default"
+    elif not isinstance(path, str):
+        path = " ".join(path)
+    return f"{path} with the hash {content}"
 
 
 def flags_to_change(args):

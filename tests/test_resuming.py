@@ -1,12 +1,15 @@
 """On which data and with which flags a run may be resumed: what has changed is refused or said."""
 
+import functools
 import glob
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -14,12 +17,13 @@ from PIL.PngImagePlugin import PngInfo
 import sample
 import train_sit
 import train_vae
-from common.files import UserError, write_weights
+from common.files import UserError, load_strictly, read_weights, write_weights
 from common.pictures import ImageSet
 from common.runs import resume, save_checkpoint, training_state
 from common.weights import load_sit
-from conftest import PLAIN_VAE, SIT, refused, script
+from conftest import PLAIN_VAE, SIT, VAE as VAE_FLAGS, refused, script
 from fid import Pictures
+from models import VAE, PatchDiscriminator
 from probing.benchmarks import read_folder
 from tools import caches
 from tools.pictures import draw_pictures
@@ -48,7 +52,8 @@ def save_run(args, data, old=False):
 
 def resume_run(args, data, labelled=True):
     parts = dict(net=torch.nn.Linear(1, 1))
-    return resume(args, set(), parts, 10, torch.device("cpu"), data, labelled)
+    free = train_vae.FREE | train_sit.FREE
+    return resume(args, free, parts, 10, torch.device("cpu"), data, labelled)
 
 
 def test_the_same_pictures_under_another_spelling(folder, capsys):
@@ -150,10 +155,110 @@ def test_the_stages_record_and_compare(folder, capsys):
     script(train_sit, *words, "--steps", 1)
     script(train_sit, *words, "--steps", 2, "--lr", 1e-4, "--change", "lr")
     script(train_sit, *words, "--steps", 3, "--lr", 1e-4)
+    latents = glob.glob("runs/vae/latents-*")
     os.rename("p/a", "p/z")
     assert "'a' of its 2 are gone" in refused(capsys, train_sit, *words, "--lr", 1e-4)
+    # Before hours were spent on their latents.
+    assert glob.glob("runs/vae/latents-*") == latents
     message = refused(capsys, train_vae, *PLAIN_VAE, "--data", "p", "--steps", 2)
     assert "runs/vae holds a run on other data" in message
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags that name files: what counts is what the files hold
+
+
+class Distance(torch.nn.Linear):
+    """Stands for LPIPS, whose weights are large."""
+
+    def __init__(self, weights, rescale):
+        super().__init__(1, 1)
+        load_strictly(self, read_weights(*weights)[0], weights)
+
+
+# {flag of stage 1: a network whose weights it takes}
+NETWORKS = {
+    "vfm-weights": functools.partial(timm.create_model, "test_vit"),
+    "lpips-weights": functools.partial(torch.nn.Linear, 1, 1),
+    "init": functools.partial(VAE, "f4d4", 32, 32, [1, 1, 1], 1),
+    "init-disc": PatchDiscriminator,
+}
+
+
+def write_network(flag, seed, path):
+    torch.manual_seed(seed)
+    network = NETWORKS[flag]()
+    if flag == "init":
+        write_weights(path, "vae", network.state_dict(), network.config, {})
+    else:
+        torch.save(network.state_dict(), path)
+    return path
+
+
+def built(paths, *words):
+    """The flags of stage 1 with files, {flag: path}, after it has built its networks."""
+    files = [word for flag, path in paths.items() for word in (f"--{flag}", path)]
+    args = flags(train_vae, *map(str, VAE_FLAGS), "--lpips", "1", *files, *words)
+    train_vae.build_networks(args, torch.device("cpu"), "fp32")
+    return args
+
+
+def test_another_file_is_refused_and_the_same_one_elsewhere_is_not(folder, monkeypatch, capsys):
+    monkeypatch.setattr(train_vae, "LPIPS", Distance)
+    data = ImageSet("p")
+    own = {flag: write_network(flag, 0, f"{flag}.file") for flag in NETWORKS}
+    os.mkdir("elsewhere")
+    copies = {flag: shutil.copy(path, "elsewhere") for flag, path in own.items()}
+    others = {flag: write_network(flag, 1, f"other-{flag}.file") for flag in NETWORKS}
+    save_run(built(own), data)
+
+    assert resume_run(built(copies), data, labelled=False)[0] == 3
+    assert "changed" not in capsys.readouterr().out
+    with pytest.raises(UserError) as refusal:
+        resume_run(built(others), data, labelled=False)
+    for flag in NETWORKS:
+        before = f"--{flag} was {flag}.file with the hash "
+        assert re.search(
+            f"{before}.* and is now other-{flag}.file with the hash", str(refusal.value)
+        )
+    args = built(others, "--change", *NETWORKS)
+    assert resume_run(args, data, labelled=False)[0] == 3
+    assert capsys.readouterr().out.count("changed   --") == len(NETWORKS)
+
+
+def test_a_checkpoint_without_hashes_of_files_resumes(folder, capsys):
+    save_run(flags(train_vae, "--init", "gone.file"), ImageSet("p"))
+    args = flags(train_vae, "--init", "other.file")
+    args.init_hash = "0123456789abcdef"
+    assert resume_run(args, ImageSet("p"), labelled=False)[0] == 3
+
+
+def test_other_weights_of_the_vision_model_in_stage_2(folder, capsys):
+    """As a command: the weights that it began with do not matter to the VAE."""
+    own, other = (write_network("vfm-weights", seed, f"{seed}.pth") for seed in (0, 1))
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
+    words = [*SIT, "--data", "p", "--vfm-weights"]
+    script(train_sit, *words, own, "--steps", 1)
+    message = refused(capsys, train_sit, *words, other, "--steps", 2)
+    assert "--vfm-weights was 0.pth with the hash" in message
+    script(train_sit, *words, shutil.copy(own, "same.pth"), "--steps", 2)
+    script(train_sit, *words, other, "--steps", 3, "--change", "vfm-weights")
+    assert "changed   --vfm-weights was same.pth" in capsys.readouterr().out
+
+
+def test_what_is_measured_may_change_but_is_said(folder, capsys):
+    data = ImageSet("p")
+    before = flags(train_vae, "--val", "p", "--probe-data", "d", "--fid-ref", "f.npz")
+    before.val_hash = "0"
+    save_run(before, data)
+    after = flags(train_vae, "--val", "p2", "--probe-data", "d/", "--fid-ref", "g.npz")
+    after.val_hash = "1"
+    resume_run(after, data, labelled=False)
+    said = re.findall("^changed   (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(said) == [
+        "--fid-ref was f.npz and is now g.npz",
+        "--val was p with the hash 0 and is now p2 with the hash 1",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
