@@ -483,7 +483,7 @@ def test_the_vae_of_another_sit_is_refused(inside, trained, pictures, capsys):
     words = [*SIT, "--data", pictures, "--repa", 0]
     script(train_sit, *words, "--vae", trained / "runs/vae", "--steps", 1)
     message = refused(capsys, train_sit, *words, "--vae", "runs/vae", "--steps", 2)
-    assert f"--vae was runs/vae with the hash {own_hash} and is now" in message
+    assert f"with the hash {own_hash} and is now runs/vae with the hash {other_hash}" in message
 
 
 def test_sample_arguments(trained, capsys, monkeypatch):
