@@ -694,6 +694,99 @@ def controls(results, vaes):
 
 
 # --------------------------------------------------------------------------------------------------
+# Section 9, continued: does alignment cost less where the base VAE has converged?
+
+
+def long_tuning(results):
+    """PSNR and distances of the pair that is tuned from `base_long`, beside the main pair."""
+    if not all(results.judged(f"{vae}_long", "psnr") for vae in PAIR):
+        return []
+    lines = [
+        "The same pair tuned from a base that was trained longer, and from scratch:",
+        "",
+        *table_head(
+            "tuned from",
+            "trained for, steps",
+            "PSNR of the base, dB",
+            "plain",
+            "send",
+            "cost of alignment, dB",
+            "distance, plain",
+            "distance, send",
+        ),
+    ]
+    for base, plain, send in (
+        ("base", "plain", "send"),
+        ("base_long", "plain_long", "send_long"),
+        (None, "scratch_plain", "scratch_send"),
+    ):
+        plain_psnr = results.judged(plain, "psnr")
+        send_psnr = results.judged(send, "psnr")
+        if plain_psnr is None or send_psnr is None:
+            continue
+        line = table_line(
+            base or "scratch",
+            "-" if base is None else results.vae_steps(base),
+            "-" if base is None else number(results.validation_psnr(base), ".2f"),
+            number(plain_psnr, ".2f"),
+            number(send_psnr, ".2f"),
+            f"{send_psnr - plain_psnr:+.2f}",
+            mean_and_interval(results.values(plain)),
+            mean_and_interval(results.values(send)),
+        )
+        lines.append(line)
+    return [*lines, ""]
+
+
+# --------------------------------------------------------------------------------------------------
+# Section 13: the first steps of a SiT
+
+
+def first_steps(results, points, rates):
+    """Distances in the first steps of SiTs on the main pair, drawn from the averaged weights and
+    from the weights themselves.
+
+    points: SiT steps; rates: learning rates.
+    """
+    lines = ["## 13. The first steps of a SiT", ""]
+    measured = []
+    for rate in rates:
+        for suffix, weights in (("", "EMA"), ("-raw", "raw")):
+            measured += early_lines(results, points, rate, suffix, weights)
+    if not measured:
+        return [*lines, "Not measured yet.", ""]
+    text = (
+        "Distance in the classifier's features. *EMA*: drawn from the averaged weights (decay "
+        "0.995 from the first step, as in all sets above); *raw*: from the weights themselves. "
+        "After n steps the average still holds 0.995^n of the initial weights: "
+    )
+    shares = [f"{0.995**step:.0%} at step {step}" for step in points]
+    head = table_head("learning rate", "weights", "VAE", *points)
+    return [*lines, text + ", ".join(shares) + ".", "", *head, *measured, ""]
+
+
+def early_lines(results, points, rate, suffix, weights):
+    """Table lines of both VAEs and of their difference, for one learning rate and kind of
+    weights."""
+    values = {
+        vae: [results.values(f"{vae}-early{rate:g}", step, suffix=suffix) for step in points]
+        for vae in PAIR
+    }
+    if not any(values["plain"]) or not any(values["send"]):
+        return []
+    lines = []
+    for vae in PAIR:
+        cells = [mean_and_interval(found) for found in values[vae]]
+        lines.append(table_line(f"{rate:g}", weights, vae, *cells))
+    cells = []
+    for plain, send in zip(values["plain"], values["send"], strict=True):
+        enough = min(len(plain), len(send)) > 1
+        cells.append(number(welch(smaller=send, larger=plain)) if enough else "-")
+    lines.append(table_line(f"{rate:g}", weights, "plain - send", *cells))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -754,10 +847,11 @@ def full_page(args, results, vaes):
     if draw_probe(results, vaes, "docs/probe.png"):
         lines += ["![distance over class probe](docs/probe.png)", ""]
     lines += remark(8)
-    lines += [*costs(results, vaes), *remark(9)]
+    lines += [*costs(results, vaes), *long_tuning(results), *remark(9)]
     lines += [*controls(results, vaes), *remark(10)]
     for section_number in (11, 12):
         lines += [*comparison(results, section_number), *remark(section_number)]
+    lines += [*first_steps(results, args.early_points, args.early_rates), *remark(13)]
     return [*lines, *attribute_table()]
 
 

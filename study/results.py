@@ -150,15 +150,33 @@ class Results:
     def pictures_per_second(self, vae):
         """Training speed: the 90th percentile of a run's log, which other work disturbs least, or
         None."""
-        path = f"{self.out}/vae_{vae}/metrics.jsonl"
-        if not os.path.exists(path):
-            return None
-        with open(path) as file:
-            rates = [json.loads(line).get("images_per_s") for line in file]
+        rates = [line.get("images_per_s") for line in self.training_log(vae)]
         rates = [rate for rate in rates if rate]
         if not rates:
             return None
         return np.quantile(rates, 0.9)
+
+    def vae_steps(self, vae):
+        """The number of steps that a VAE was trained for, or None."""
+        config = read_json(f"{self.out}/vae_{vae}/config.json")
+        if config is None:
+            return None
+        return config["arguments"]["steps"]
+
+    def validation_psnr(self, vae):
+        """The last PSNR (dB) on held-out pictures that a VAE's training logged, or None."""
+        last = None
+        for line in self.training_log(vae):
+            last = line.get("val_psnr", last)
+        return last
+
+    def training_log(self, vae):
+        """The lines of a VAE's metrics.jsonl as dicts; none if there is no such file."""
+        path = f"{self.out}/vae_{vae}/metrics.jsonl"
+        if not os.path.exists(path):
+            return []
+        with open(path) as file:
+            return [json.loads(line) for line in file]
 
     def kind(self, vae):
         """How a VAE was trained: "none" (no alignment), "control" (aligned to features that carry

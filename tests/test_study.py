@@ -320,6 +320,39 @@ def page(quick=False, points=(100, 200, 300), compare=300, vaes=("plain", "send"
         return file.read()
 
 
+def test_first_steps_have_averaged_and_raw_weights_and_their_difference(inside):
+    sets = {}
+    for seed in range(3):
+        for vae, distance in (("plain", 9.0), ("send", 7.0)):
+            name = f"{vae}-early{study.EARLY_RATES[0]:g}"
+            sets[name, seed, 100, ""] = 20 + seed
+            sets[name, seed, 100, "-raw"] = distance + 0.1 * seed
+    write_runs(sets)
+    text = page()
+    assert "0.995^n of the initial weights: 61% at step 100" in text
+    half = 2.776 * (2 / 3) ** 0.5
+    assert f"| 0.001 | EMA | plain - send | 0 [{-half:.3g}, {half:.3g}] | - | - | - |" in text
+    raw = next(line for line in text.split("\n") if "| 0.001 | raw | plain - send |" in line)
+    # Two groups of three values with standard deviation 0.1: t(0.975, 4) = 2.776.
+    half = 2.776 * 0.1 * (2 / 3) ** 0.5
+    assert f"2 [{2 - half:.3g}, {2 + half:.3g}]" in raw
+    assert "| 0.0003 |" not in text
+
+
+def test_the_cost_of_alignment_is_given_for_each_base(inside):
+    psnrs = dict(plain=33.0, send=31.5, plain_long=36.0, send_long=35.6)
+    write_runs({}, {"base": dict(steps=5, align="none"), "base_long": dict(steps=30, align="none")})
+    os.makedirs("out/judged")
+    for vae, psnr in psnrs.items():
+        write_json(f"out/judged/{vae}.json", dict(psnr=psnr, ssim=0.5))
+    with open("out/vae_base_long/metrics.jsonl", "w") as file:
+        file.write('{"step": 10, "val_psnr": 30.0}\n{"step": 30, "val_psnr": 35.5}\n')
+    text = page()
+    assert "| base | 5 | - | 33.00 | 31.50 | -1.50 | - | - |" in text
+    assert "| base_long | 30 | 35.50 | 36.00 | 35.60 | -0.40 | - | - |" in text
+    assert "| scratch |" not in text
+
+
 def test_report_has_means_intervals_and_speed_up(inside):
     sets = {}
     for vae, offset in (("plain", 1), ("send", 0)):
