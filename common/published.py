@@ -158,7 +158,10 @@ def read_vae(content, path):
         state = rename_diffusers_state(state)
     ignored = sorted({key.split(".")[0] for key in state if not key.startswith(VAE_PARTS)})
     state = {key: value.float() for key, value in state.items() if key.startswith(VAE_PARTS)}
-    config = vae_config(state, settings)
+    groups = settings.get("norm_num_groups")
+    if len(state["encoder.conv_in.weight"]) < 128 and not groups:
+        groups = groups_beside(path)
+    config = vae_config(state, settings, groups)
     statistics = joint_statistics(content) or latent_statistics(path, settings, config["spec"])
     channels = state["decoder.conv_in.weight"].shape[1]
     state["latent_mean"] = statistics_vector(statistics.mean, channels)
@@ -170,25 +173,45 @@ def read_vae(content, path):
         ignored=ignored,
         latent_statistics=found["latent_statistics"],
         latent_decode_std=found["latent_decode_std"],
-        assumed=vae_assumptions(statistics, config, settings),
+        assumed=vae_assumptions(statistics, config, groups),
         step=None,
     )
     return state, config, info
 
 
-def vae_assumptions(statistics, config, settings):
-    """What a user should know because the file of a VAE does not tell it, or None."""
+def groups_beside(path):
+    """The number of groups that tools/weights.py writes into the statistics beside a VAE in LDM's
+    names, None where there is none. Raises UserError for what its older versions exported: nothing
+    tells whether such a narrow VAE's norms have 32 groups or a quarter of its width."""
+    file = f"{os.path.splitext(path)[0]}-latents-stats.pt"
+    if not os.path.isfile(file):
+        return None
+    statistics, _ = read_weights(file)
+    # Only tools/weights.py writes them in the names of both LightningDiT and REPA-E.
+    is_ours = {"mean", "latents_scale"} <= set(statistics)
+    if is_ours and "groups" not in statistics:
+        raise UserError(
+            f"{path} was exported by an older version of this code, which lost the number of "
+            "groups of its norms; export it anew, with --to diffusers"
+        )
+    return statistics.get("groups")
+
+
+def vae_assumptions(statistics, config, groups):
+    """What a user should know because the file of a VAE does not tell it, or None. groups: as of
+    vae_config."""
     assumptions = [statistics.assumed]
-    if config["ch"] < 128 and not settings:
+    if config["ch"] < 128 and not groups:
         # A VAE of ours this narrow has other groups.
-        groups = config["groups"]
-        assumptions.append(f"norms of {groups} groups are assumed, which no shape shows")
+        assumed = config["groups"]
+        assumptions.append(f"norms of {assumed} groups are assumed, which no shape shows")
     return "; ".join(filter(None, assumptions)) or None
 
 
-def vae_config(state, settings):
+def vae_config(state, settings, groups):
     """The arguments of models.VAE, from the shapes of a state dict in LDM's names and, for what
-    shapes do not show, diffusers' settings."""
+    shapes do not show, diffusers' settings. groups: of its norms, None if the file does not tell.
+    """
     ch = len(state["encoder.conv_in.weight"])
     channels = state["decoder.conv_in.weight"].shape[1]
     num_levels = count_keys(state, "encoder.down.{}.block.0.conv2.weight")
@@ -205,7 +228,7 @@ def vae_config(state, settings):
         ch=ch,
         ch_mult=ch_mult,
         # No shape shows it. 32 is everybody's number; a quarter is ours for narrow networks.
-        groups=settings.get("norm_num_groups") or (32 if ch % 32 == 0 else max(1, ch // 4)),
+        groups=groups or (32 if ch % 32 == 0 else max(1, ch // 4)),
         num_res_blocks=count_keys(state, "encoder.down.0.block.{}.conv2.weight"),
         attn_levels=attn_levels,
         quant_conv="quant_conv.weight" in state,

@@ -26,6 +26,7 @@ from common.files import (
     UserError,
     first_line,
     is_intact_zip,
+    load_strictly,
     open_array,
     reading,
     warn_if_unwritable,
@@ -359,12 +360,21 @@ def resume(args, free, parts, total, device, data, labelled=False):
         return None, None
     with reading(args.out, "a run of this version of the code; begin anew with --overwrite"):
         for name, part in parts.items():
-            part.load_state_dict(state[name])
-            if isinstance(part, torch.optim.Optimizer):
-                match_memory_formats(part)
+            load_part(part, state[name], args.out)
     say(f"resuming  {args.out} at step {state['step']}")
     say_if_warming_up(args, saved)
     return state["step"], named_sums(state["running"])
+
+
+def load_part(part, state, folder):
+    """Loads the state of a module or optimizer from a run's folder. Raises UserError, with the
+    names, for a module of another version of the code that has other weights."""
+    if isinstance(part, torch.nn.Module):
+        origin = f"the checkpoint in {folder}, of another version (begin anew with --overwrite),"
+        load_strictly(part, state, origin)
+    else:
+        part.load_state_dict(state)
+        match_memory_formats(part)
 
 
 def say_if_warming_up(args, saved):

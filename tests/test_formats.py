@@ -494,6 +494,38 @@ def test_a_vae_that_does_not_fit(tmp_path):
     assert "size mismatch for quant_conv.bias" in message
 
 
+def test_ldm_s_format_holds_no_other_groups(tmp_path, capsys):
+    """LDM's code, REPA-E's and LightningDiT's give every norm 32 groups. A VAE with others would
+    load there, and decode something else."""
+    vae = small_vae("f8d4", groups=8)
+    write_weights(tmp_path / "ours.safetensors", "vae", vae.state_dict(), vae.config, dict(step=1))
+    words = ["export", tmp_path / "ours.safetensors", "--to", "ldm", tmp_path / "v.pt"]
+    message = refused(capsys, weights, *words)
+    assert "v.pt was not written: the norms of this VAE have 8 groups" in message
+    assert "export it with --to diffusers" in message
+    assert not list(tmp_path.glob("v*"))
+
+
+def test_the_groups_of_a_narrow_vae_in_ldm_s_names(tmp_path):
+    """As exported now; by older versions, which lost their number; and by others."""
+    vae = small_vae("f8d4")
+    path = tmp_path / "v.pt"
+    weights.export_vae(vae, "ldm", path)
+    again = load_vae(path)
+    assert again.info["assumed"] is None
+    x = random_images()
+    assert_near(again.encode(x)[0], vae.encode(x)[0])
+
+    statistics = tmp_path / "v-latents-stats.pt"
+    content = torch.load(statistics, weights_only=True)
+    del content["groups"]
+    torch.save(content, statistics)
+    assert "lost the number of groups of its norms; export it anew" in message_of(path)
+
+    statistics.unlink()
+    assert "norms of 32 groups are assumed" in load_vae(path).info["assumed"]
+
+
 def test_a_file_that_is_cut(tmp_path):
     weights.export_vae(small_vae("f8d4"), "ldm", tmp_path / "v.pt")
     data = (tmp_path / "v.pt").read_bytes()

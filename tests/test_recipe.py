@@ -343,6 +343,21 @@ def test_an_older_run_without_these_parts_needs_no_flags(inside, pictures, capsy
     assert "note: its EMA now warms up; --no-ema-warmup goes on as the run began" in said
 
 
+def test_an_older_projection_with_a_bias_is_refused(inside, pictures, vfm_weights, capsys):
+    """VA-VAE's has none, and that of older versions had one."""
+    words = [*VAE, "--align", "vavae", "--gan", 0, "--data", pictures, "--vfm-weights", vfm_weights]
+    script(train_vae, *words, "--steps", 2)
+    path = list_checkpoints("runs/vae")[-1]
+    state = torch.load(path, weights_only=True)
+    for part in ("net", "ema"):
+        outputs = len(state[part]["mapper.weight"])
+        state[part]["mapper.bias"] = torch.zeros(outputs)
+    torch.save(state, path)
+    message = refused(capsys, train_vae, *words, "--steps", 4)
+    assert "mapper.bias" in message
+    assert "begin anew with --overwrite" in message
+
+
 def test_what_older_versions_did():
     """A name that stood for another network, and a stride that left out the final norm."""
     args = argparse.Namespace(vfm_norm=False, vfm="clip-l")

@@ -26,6 +26,9 @@ from common.published import (
 )
 from common.weights import load_sit, load_vae
 
+# Of every norm in LDM's VAE, in REPA-E's and in LightningDiT's.
+LDM_GROUPS = 32
+
 # --------------------------------------------------------------------------------------------------
 # info
 
@@ -109,7 +112,14 @@ def own_weights(vae):
 def export_ldm(vae, path):
     """Writes a checkpoint with a `state_dict` in LDM's names, which are ours, and the statistics of
     the latents beside it, in the names of LightningDiT (mean, std) and of REPA-E (latents_bias,
-    latents_scale)."""
+    latents_scale). Raises UserError for norms that LDM's network does not have."""
+    groups = vae.config["groups"]
+    if groups != LDM_GROUPS:
+        raise UserError(
+            f"{path} was not written: the norms of this VAE have {groups} groups, and LDM's code, "
+            f"which takes {LDM_GROUPS} for any file, would decode it wrongly without an error; "
+            "export it with --to diffusers, whose config.json has the number"
+        )
     torch.save(dict(state_dict=own_weights(vae)), path)
     statistics = dict(mean=vae.latent_mean, std=vae.latent_std, latents_bias=vae.latent_mean)
     if vae.decode_std is None:
@@ -120,6 +130,8 @@ def export_ldm(vae, path):
     if has_statistics(vae):
         # As these projects have them, (1,C,1,1).
         statistics = {key: value.view(1, -1, 1, 1) for key, value in statistics.items()}
+        # For load_vae alone, since no shape of a narrow VAE shows it.
+        statistics["groups"] = groups
         torch.save(statistics, f"{os.path.splitext(path)[0]}-latents-stats.pt")
 
 
