@@ -35,6 +35,10 @@ PLAIN, STORED, DEFLATED, ROW = range(4)
 # The name of a picture of ImageNet, such as n01440764_10026.JPEG, begins with its class.
 IMAGENET_NAME = re.compile(r"(n\d{8})_")
 
+# EDM's file of labels: {"labels": [[name, label], ...]}, or null in place of the list.
+LABEL_FILE = "dataset.json"
+NO_LABELS = {}
+
 # Names of webdataset's shards, such as 00012 or train-0012, which say nothing about the content.
 SHARD_NAME = re.compile(r"(.*[-_.])?\d+")
 
@@ -45,6 +49,7 @@ class Archive(NamedTuple):
     containers: list  # paths of the files
     names: list  # N names, <class>/<picture>, unsorted
     places: np.ndarray  # int64 (N,5): container, offset, length there, length of the file, how
+    labelled: bool  # whether <class> is a label from a file, and no folder
     left_out: dict  # {what: number of files that are no pictures}
     notes: list  # sentences about how the content was understood
 
@@ -142,7 +147,7 @@ class Contents:
         self.left_out = collections.Counter()
         self.has_inner_tars = False
         self.label_places = {}  # {(stem, key of a webdataset sample): place of its .cls file}
-        self.labels = None  # {name: label} from a dataset.json, or "none" where it says so
+        self.labels = None  # {name: label} from files named LABEL_FILE, see with_labels
         self.bar = tqdm(desc="listing", unit=" files", delay=1, leave=False)
 
     def add(self, name, stem, place):
@@ -160,6 +165,13 @@ class Contents:
             self.places.extend(place)
         else:
             self.left_out[ending or "no ending"] += 1
+
+    def add_labels(self, name, data):
+        """Takes the labels in a LABEL_FILE, or counts it as left out."""
+        folder = os.path.dirname(os.path.normpath(name).replace(os.sep, "/").lstrip("/"))
+        self.labels = with_labels(self.labels, data, folder)
+        if self.labels is None:
+            self.left_out[".json"] += 1
 
     def keep(self, chosen):
         """Forgets all pictures but those with the indices `chosen`. -> places int64 (n,5)"""
@@ -192,7 +204,8 @@ def list_archive(path, inner, endings, hidden):
     if len(set(names)) < len(names):
         names = names_apart(names, contents.stems)
     places = np.array(contents.places, np.int64).reshape(-1, 5)
-    return Archive(containers, names, places, dict(contents.left_out), notes)
+    labelled = contents.labels is not None or bool(contents.label_places)
+    return Archive(containers, names, places, labelled, dict(contents.left_out), notes)
 
 
 def stem_of(path):
@@ -212,14 +225,13 @@ class BoundedFile(io.FileIO):
 
 
 def list_zip(path, number, contents):
-    """Lists a zip file. contents.labels become those of a dataset.json, as EDM packs it."""
+    """Lists a zip file. contents.labels become those of its LABEL_FILE, as EDM packs it."""
     with BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            folder, _, file = member.filename.rpartition("/")
             if member.is_dir():
                 continue
-            if file == "dataset.json":
-                contents.labels = labels_in(archive.read(member), folder)
+            if os.path.basename(member.filename) == LABEL_FILE:
+                contents.add_labels(member.filename, archive.read(member))
                 continue
             if member.flag_bits & 1:
                 raise UserError(f"{path} is encrypted; pack it anew without a password")
@@ -233,13 +245,37 @@ def list_zip(path, number, contents):
             contents.add(member.filename, "", place)
 
 
-def labels_in(data, folder):
-    """The content of a dataset.json in a folder of an archive -> {name: label}, or "none"."""
-    labels = json.loads(data)["labels"]
-    if labels is None:
-        return "none"
+def with_labels(labels, data, folder):
+    """Adds the labels in a dataset.json, whose content is `data`, to those of the ones before it.
+
+    labels: {name: label}; NO_LABELS where a file says that there are none; None before the first
+    file with labels. folder: that of the file, "" or with / between its parts. A file that is no
+    list of labels adds nothing, since others have files of this name, too."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or "labels" not in content:
+        return labels
+    pairs = content["labels"]
+    if pairs is None:
+        return labels or NO_LABELS
+    if not isinstance(pairs, list) or not pairs or not isinstance(pairs[0], list):
+        return labels
     prefix = f"{folder}/" if folder else ""
-    return {f"{prefix}{name}": int(label) for name, label in labels}
+    own = {f"{prefix}{name}": int(label) for name, label in pairs}
+    return own | (labels or NO_LABELS)
+
+
+def names_with_labels(names, labels, root):
+    """Names of pictures and {name: label}, as with_labels collected them -> names <label>/<name>.
+    root: for the UserError about pictures that have none."""
+    if labels == NO_LABELS:
+        return [f"all/{name}" for name in names]
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise UserError(
+            f"{root}: {len(missing)} of {len(names)} pictures have no label in "
+            f"{LABEL_FILE}, the first is {missing[0]!r}"
+        )
+    return [f"{labels[name]}/{name}" for name in names]
 
 
 def list_tar(file, stem, number, contents, is_outer):
@@ -257,6 +293,9 @@ def list_tar(file, stem, number, contents, is_outer):
             contents.has_inner_tars = True
             file.seek(member.offset_data)
             list_tar(file, stem_of(member.name), number, contents, False)
+        elif os.path.basename(member.name) == LABEL_FILE:
+            file.seek(member.offset_data)
+            contents.add_labels(member.name, file.read(member.size))
         else:
             place = (number, member.offset_data, member.size, member.size, PLAIN)
             contents.add(member.name, stem, place)
@@ -331,10 +370,10 @@ def keep_the_last_of_each_name(contents):
 
 def names_with_classes(containers, contents, notes):
     """-> names of the pictures, <class>/<picture>, or as they are where there are no classes."""
-    if contents.labels == "none":
-        return [f"all/{name}" for name in contents.names]
-    if contents.labels is not None or contents.label_places:
-        labels = labels_of(containers, contents)
+    if contents.labels is not None:
+        return names_with_labels(contents.names, contents.labels, containers[0])
+    if contents.label_places:
+        labels = webdataset_labels(containers, contents)
         return [f"{label}/{name}" for label, name in zip(labels, contents.names, strict=True)]
     names = contents.names
     if contents.has_inner_tars or len(set(contents.stems)) > 1:
@@ -342,23 +381,23 @@ def names_with_classes(containers, contents, notes):
     return without_common_folders(names, notes)
 
 
-def labels_of(containers, contents):
-    """-> the label of each picture, as a dataset.json or a .cls file gives it."""
-    if contents.labels is not None:
-        found = [contents.labels.get(name) for name in contents.names]
-    else:
-        now = time.time_ns()
-        labels = {}
-        for key, (number, *place) in contents.label_places.items():
-            data = read_place(Place("", containers[number], now, *place))
-            labels[key] = data.decode().strip()
-        keys = zip(contents.stems, map(sample_key, contents.names), strict=True)
-        found = [labels.get(key) for key in keys]
+def webdataset_labels(containers, contents):
+    """-> the label of each picture, as a .cls file gives it."""
+    now = time.time_ns()
+    labels = {}
+    for key, (number, *place) in contents.label_places.items():
+        name = f"{key[1]}.cls".lstrip("/")
+        data = read_place(Place(name, containers[number], now, *place))
+        labels[key] = data.decode().strip()
+        if not labels[key]:
+            raise UserError(f"{containers[number]}: the label in {name!r} is empty")
+    keys = zip(contents.stems, map(sample_key, contents.names), strict=True)
+    found = [labels.get(key) for key in keys]
     missing = [name for name, label in zip(contents.names, found, strict=True) if label is None]
     if missing:
         raise UserError(
-            f"{containers[0]}: {len(missing)} of {len(found)} pictures have no label (in a .cls "
-            f"file or dataset.json), the first is {missing[0]!r}"
+            f"{containers[0]}: {len(missing)} of {len(found)} pictures have no label in a .cls "
+            f"file, the first is {missing[0]!r}"
         )
     return found
 

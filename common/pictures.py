@@ -13,18 +13,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from common.archives import (
     IMAGENET_NAME,
+    LABEL_FILE,
     TAKEN,
     Place,
     containers_of,
     find_archive,
     kaggle_folders,
     list_archive,
+    names_with_labels,
     read_place,
+    with_labels,
 )
 from common.contents import (
     NO_FILE,
@@ -40,7 +43,7 @@ from common.contents import (
     is_same_table,
 )
 from common.draws import epoch_order, uniform
-from common.files import UserError, first_line, writing
+from common.files import UserError, first_line, reading, writing
 from common.processes import (
     asked_to_stop,
     at_signal,
@@ -88,9 +91,15 @@ SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 def open_picture(source):
     """A path, or an open binary file -> PIL image whose pixels are not read yet.
 
-    Raises ValueError for a decompression bomb, and for a strip that would become one when its short
-    side is enlarged."""
-    image = Image.open(source, formats=FORMATS)
+    Raises ValueError for what is no picture, for a decompression bomb, and for a strip that would
+    become one when its short side is enlarged."""
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError:
+        # Pillow's message shows the Python object that stands for the file.
+        raise ValueError(
+            f"it is no picture in a format that is read ({', '.join(FORMATS)})"
+        ) from None
     problem = None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         problem = f"more than {Image.MAX_IMAGE_PIXELS} pixels"
@@ -139,7 +148,10 @@ def examine_picture(source, decode=False):
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             head, tail = read_edges(file, size)
-            return edge_checksum(head, tail), check_open_picture(file, tail, decode)
+            found = "it is empty"
+            if size > 0:
+                found = check_open_picture(file, tail, decode)
+            return edge_checksum(head, tail), found
     except Exception as error:  # A damaged archive raises others than OSError.
         return 0, first_line(error)
 
@@ -161,6 +173,8 @@ class Listing(NamedTuple):
     files: list  # names of the N pictures relative to the folder, sorted
     states: np.ndarray  # int64 (N,3), see common.contents.file_state
     folders: list  # names of the folders in it, sorted
+    label_files: list  # names of the files in it that are named LABEL_FILE
+    labelled: bool  # whether the names of the pictures are <label>/<name>, by files of labels
     left_out: dict  # {what: number of files}: "hidden", or the ending of a name that is no picture
 
 
@@ -168,6 +182,7 @@ def list_files(root):
     """Walks through a folder, following links to other folders. Hidden files and folders are left
     out. Raises UserError for a folder that cannot be listed. -> Listing"""
     files = []
+    label_files = []
     states = [np.zeros((0, 3), np.int64)]
     left_out = collections.Counter()
     level = ["."]
@@ -179,6 +194,7 @@ def list_files(root):
             below = []
             for found in pool.map(functools.partial(list_folder, root), level):
                 files += found.files
+                label_files += found.label_files
                 states.append(found.states)
                 below += found.folders
                 left_out.update(found.left_out)
@@ -189,8 +205,31 @@ def list_files(root):
         [files[i] for i in order],
         np.concatenate(states)[order],
         class_folders,
+        label_files,
+        False,
         dict(left_out.most_common()),
     )
+
+
+def with_labels_of(root, listing):
+    """Listing of a folder in EDM's form -> the same as of its zip file, with names
+    <label>/<name>. Without files of labels it stays as it is."""
+    labels = None
+    for name in listing.label_files:
+        path = os.path.join(root, name)
+        with reading(path, "EDM's labels"), open(path, "rb") as file:
+            labels = with_labels(labels, file.read(), os.path.dirname(name).replace(os.sep, "/"))
+    if labels is None:
+        left_out = collections.Counter(listing.left_out)
+        left_out[".json"] += len(listing.label_files)
+        return listing._replace(left_out=dict((+left_out).most_common()))
+    names = [name.replace(os.sep, "/") for name in listing.files]
+    files = [name.replace("/", os.sep) for name in names_with_labels(names, labels, root)]
+    order = sorted(range(len(files)), key=files.__getitem__)
+    files = [files[i] for i in order]
+    folders = sorted({class_name(file) for file in files})
+    states = listing.states[order]
+    return listing._replace(files=files, states=states, folders=folders, labelled=True)
 
 
 # What is kept of the N pictures in an archive between starts, see common.contents.read_table.
@@ -216,7 +255,12 @@ def list_members(root):
         header, table = kept
     else:
         found = list_archive(archive, inner, IMAGE_TYPES, HIDDEN)
-        header = {"containers": current, "left_out": found.left_out, "notes": found.notes}
+        header = {
+            "containers": current,
+            "labelled": found.labelled,
+            "left_out": found.left_out,
+            "notes": found.notes,
+        }
         order = sorted(range(len(found.names)), key=found.names.__getitem__)
         names = [os.fsencode(found.names[i]) for i in order]
         table = {"names": np.array(names, "S"), "places": found.places[order]}
@@ -228,7 +272,8 @@ def list_members(root):
     # A picture's own size, and the times of its container.
     member_states[:, 0] = places[:, 3]
     folders = sorted({class_name(file) for file in files} - {"."})
-    listing = Listing(files, member_states, folders, header["left_out"])
+    labelled = header.get("labelled", False)
+    listing = Listing(files, member_states, folders, [], labelled, header["left_out"])
     containers = [(path, state[1]) for path, state in zip(paths, states, strict=True)]
     return listing, places, containers, header["notes"]
 
@@ -239,6 +284,7 @@ def list_folder(root, folder):
     files = []
     states = []
     folders = []
+    label_files = []
     left_out = collections.Counter()
     path = os.path.normpath(os.path.join(root, folder))
     prefix = "" if folder == "." else folder + os.sep
@@ -254,12 +300,15 @@ def list_folder(root, folder):
                 elif entry.name.lower().endswith(IMAGE_TYPES):
                     files.append(name)
                     states.append(file_state(status_of(entry)))
+                elif entry.name == LABEL_FILE:
+                    label_files.append(name)
                 else:
                     ending = os.path.splitext(entry.name)[1].lower()
                     left_out[ending or "no ending"] += 1
     except OSError as error:
         raise UserError(f"cannot list {path!r}: {error.strerror}") from None
-    return Listing(files, np.array(states, np.int64).reshape(-1, 3), folders, left_out)
+    states = np.array(states, np.int64).reshape(-1, 3)
+    return Listing(files, states, folders, label_files, False, left_out)
 
 
 def refuse_endless_link(folder):
@@ -290,7 +339,9 @@ def sort_classes(names):
 
 def refuse_odd_layout(root, listing):
     """Raises a UserError for a folder that is not laid out as <class>/<picture> or as <picture>."""
-    files, _, class_folders, left_out = listing
+    files = listing.files
+    class_folders = listing.folders
+    left_out = listing.left_out
     if not files:
         raise UserError(
             f"{root} has no pictures (files named {' '.join(IMAGE_TYPES)})"
@@ -363,8 +414,9 @@ def examine_pictures(sources, decode):
         yield from tqdm(results, "checking pictures", len(sources), disable=not many, leave=False)
 
 
-def refuse_unreadable(root, files, problems, skip_bad):
-    """problems: {index of a picture that cannot be read: what is wrong with it}.
+def refuse_unreadable(files, problems, skip_bad, path_of):
+    """problems: {index of a picture that cannot be read: what is wrong with it}. path_of: the
+    function from an index to a path.
 
     Raises a UserError if there are any, unless they are to be skipped and each class has others."""
     if not problems:
@@ -374,7 +426,7 @@ def refuse_unreadable(root, files, problems, skip_bad):
     if skip_bad and not lost:
         return
     first = min(problems)
-    path = os.path.join(root, files[first])
+    path = path_of(first)
     if lost:
         remedy = f"repair or remove it; class {lost[0]!r} has no picture that can be read"
     else:
@@ -426,6 +478,7 @@ class ImageSet:
         self.containers = None  # of an archive, and `places` in them: see list_members
         self.places = None
         self.notes = []
+        self.labelled = False  # whether the names begin with a label, which is not in the paths
         self.is_archive = find_archive(self.root) is not None
         if not self.is_archive and not os.path.isdir(root):
             raise UserError(
@@ -459,13 +512,15 @@ class ImageSet:
         files = [os.fsdecode(name) for name in table["names"]]
         if self.is_archive and self.list_pictures().files != files:
             return False
+        self.labelled = header.get("labelled", False)
         self.take(files, table, header["left_out"])
         return True
 
     def list_pictures(self):
         """-> Listing of the folder or the archive."""
         if not self.is_archive:
-            return list_files(self.root)
+            listing = list_files(self.root)
+            return with_labels_of(self.root, listing)
         listing, self.places, self.containers, self.notes = list_members(self.root)
         return listing
 
@@ -474,6 +529,7 @@ class ImageSet:
         keeps what is found."""
         listing = self.list_pictures()
         files = listing.files
+        self.labelled = listing.labelled
         refuse_odd_layout(self.root, listing)
         names = np.array([os.fsencode(file) for file in files])
         table = {
@@ -491,9 +547,11 @@ class ImageSet:
         if len(todo):
             self.names = names
             problems = self.fill(table, todo)
-        refuse_unreadable(self.root, files, problems, self.skip_bad)
+        refuse_unreadable(files, problems, self.skip_bad, self.path)
         self.take(files, table, listing.left_out)
         header = {"left_out": listing.left_out}
+        if self.labelled:
+            header["labelled"] = True
         if not is_same_table(kept, header, table):
             write_table(self.table_file, header, table)
 
@@ -593,14 +651,21 @@ class ImageSet:
 
     def path(self, i):
         """-> path of picture i; in an archive, that of the archive and the name in it."""
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
+        return os.path.join(self.root, self.name_there(i))
+
+    def name_there(self, i):
+        """-> name of picture i in the folder or the archive."""
+        name = os.fsdecode(self.names[i])
+        if self.labelled:
+            name = name.partition(os.sep)[2]
+        return name
 
     def source(self, i):
         """-> where load_image finds picture i: its path, or its Place in an archive."""
         if self.places is None:
             return self.path(i)
         container, *place = self.places[i].tolist()
-        return Place(os.fsdecode(self.names[i]), *self.containers[container], *place)
+        return Place(self.name_there(i), *self.containers[container], *place)
 
     def load(self, i, size):
         """-> uint8 (size,size,3): picture i.

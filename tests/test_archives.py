@@ -101,6 +101,21 @@ def make_edm_zip(files):
     return "edm.zip"
 
 
+def make_edm_folder(files):
+    """The same, unpacked."""
+    make_edm_zip(files)
+    with zipfile.ZipFile("edm.zip") as archive:
+        archive.extractall("edm")
+    return "edm"
+
+
+def make_edm_tar(files):
+    packed = make_edm_folder(files)
+    with tarfile.open("edm.tar", "w") as archive:
+        archive.add(packed, ".")
+    return "edm.tar"
+
+
 def make_tree_tar(files):
     write_tar("c.tar", {f"./{name}": data for name, data in files.items()})
     return "c.tar"
@@ -186,6 +201,8 @@ MAKERS = [
     make_tree_zip,
     make_deflated_zip,
     make_edm_zip,
+    make_edm_folder,
+    make_edm_tar,
     make_tree_tar,
     make_folder_in_tar,
     make_tar_of_tars,
@@ -224,6 +241,34 @@ def test_an_edm_zip_without_labels_is_one_class(inside, pictures):
     files = {f"0000{name}": data for name, data in files_in(pictures).items()}
     write_zip("u.zip", files | {"dataset.json": '{"labels": null}'})
     assert ImageSet("u.zip").classes == ["all"]
+    with zipfile.ZipFile("u.zip") as archive:
+        archive.extractall("u")
+    assert ImageSet("u").classes == ["all"]
+    assert ImageSet("u").fingerprint == ImageSet("u.zip").fingerprint
+
+
+@pytest.mark.parametrize("content", ['{"name": "birds"}', '{"labels": ["a", "b"]}', "[1]"])
+def test_another_projects_dataset_json_says_nothing_about_labels(content, inside, pictures, capsys):
+    shutil.copytree(pictures, "p")
+    write_zip("p.zip", files_in(pictures) | {"dataset.json": content})
+    with open("p/dataset.json", "w") as file:
+        file.write(content)
+    for path in ("p", "p.zip"):
+        assert ImageSet(path).classes == ["a", "b"]
+        assert f"{path}: left out: 1 .json" in capsys.readouterr().out
+
+
+def test_a_picture_of_an_edm_folder_is_named_by_its_path(numbers):
+    folder = make_edm_folder(files_in(numbers))
+    data = ImageSet(folder)
+    for i in (0, 23):
+        assert os.path.isfile(data.path(i))
+    assert str(ImageSet("edm.zip").source(0)) == os.path.abspath(f"edm.zip/{data.name_there(0)}")
+    overwrite(f"{folder}/a00.png", 0, b"no picture")
+    write_zip("edm.zip", files_in(folder))
+    for path in ("edm", "edm.zip"):
+        with pytest.raises(UserError, match=f"{path}/a00.png': it is no picture"):
+            ImageSet(path)
 
 
 def test_training_is_the_same_from_a_folder_and_from_an_archive(inside, pictures):
@@ -419,16 +464,42 @@ def make_refused(kind, files):
     if kind == "no pictures":
         write_zip("t.zip", {"a/b.txt": b"?"})
         return "t.zip", "has no pictures .*; left out: 1 .txt"
-    if kind == "label missing":
-        write_tar("w.tar", {"1.png": files["a/00.png"], "1.cls": b"0", "2.png": files["b/00.png"]})
-        return "w.tar", r"1 of 2 pictures have no label .*, the first is '2\.png'"
     if kind == "splits":
         write_zip("s.zip", {f"{part}/{name}": b"" for part in ("train", "val") for name in files})
         return "s.zip", "parts of a data set .train, val.* such as .*s.zip/train"
+    return make_refused_labels(kind, files)
+
+
+def make_refused_labels(kind, files):
+    if kind == "label missing":
+        write_tar("w.tar", {"1.png": files["a/00.png"], "1.cls": b"0", "2.png": files["b/00.png"]})
+        return "w.tar", r"1 of 2 pictures have no label .*, the first is '2\.png'"
+    if kind == "label of a folder missing":
+        folder = make_edm_folder({"0/a.png": files["a/00.png"], "1/b.png": files["b/00.png"]})
+        shutil.copy(f"{folder}/a.png", f"{folder}/c.png")
+        return folder, r"1 of 3 pictures have no label in dataset.json, the first is 'c\.png'"
+    if kind == "damaged labels":
+        folder = make_edm_folder({"0/a.png": files["a/00.png"]})
+        overwrite(f"{folder}/dataset.json", 0, b"[")
+        return folder, "edm/dataset.json cannot be read as EDM's labels"
+    if kind == "empty label":
+        write_tar("w.tar", {"1.png": files["a/00.png"], "1.cls": b""})
+        return "w.tar", "w.tar: the label in '1.cls' is empty"
     raise ValueError(kind)
 
 
-KINDS = ["missing", "gzip", "text", "bzip2 in zip", "no pictures", "label missing", "splits"]
+KINDS = [
+    "missing",
+    "gzip",
+    "text",
+    "bzip2 in zip",
+    "no pictures",
+    "label missing",
+    "label of a folder missing",
+    "damaged labels",
+    "empty label",
+    "splits",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
