@@ -52,15 +52,20 @@ def read_gfid(path, vaes):
 
 
 def varies(values):
-    return np.ptp(values) != 0
+    """Whether the values along the last axis are not all equal."""
+    return np.ptp(values, axis=-1) != 0
 
 
 def pearson(x, y):
-    return np.corrcoef(x, y)[0, 1]
+    """Pearson's correlation along the last axis of x and y, both (V,) or both (n,V)."""
+    x = x - x.mean(-1, keepdims=True)
+    y = y - y.mean(-1, keepdims=True)
+    lengths = np.sqrt(np.square(x).sum(-1) * np.square(y).sum(-1))
+    return np.clip((x * y).sum(-1) / lengths, -1, 1)
 
 
 def spearman(x, y):
-    return np.corrcoef(rankdata(x), rankdata(y))[0, 1]
+    return pearson(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 
 def correlate(x, y, seed, count=2000):
@@ -76,10 +81,10 @@ def correlate(x, y, seed, count=2000):
     draws = np.random.default_rng(seed).integers(0, len(x), (count, len(x)))
     # The first is all VAEs as they are.
     draws = np.vstack([np.arange(len(x)), draws])
-    draws = [draw for draw in draws if varies(x[draw]) and varies(y[draw])]
+    draws = draws[varies(x[draws]) & varies(y[draws])]
     correlations = {}
     for name, function in (("Pearson", pearson), ("Spearman", spearman)):
-        values = [function(x[draw], y[draw]) for draw in draws]
+        values = function(x[draws], y[draws])
         low, high = np.quantile(values, [0.025, 0.975]).tolist()
         correlations[name] = [float(values[0]), low, high]
     return correlations

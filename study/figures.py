@@ -74,8 +74,48 @@ def draw_scatter(path, title, x_label, groups):
         axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], 14, colour, label=label)
     axes.margins(x=0.08, y=0.08)
     axes.legend(frameon=False)
-    add_names(figure, axes, groups)
+    fix_layout(figure)
+    add_names(axes, groups, [axes.get_legend().get_window_extent()])
     save(figure, path)
+
+
+def draw_panels(path, title, panels):
+    """Draws panels, two in a row, with a named dot for every point and one legend for all.
+
+    panels: list of (label of the x axis, {label of a group: (colour, list of (x, y, name))}); all
+    have the same groups
+    """
+    rows = (len(panels) + 1) // 2
+    figure = figure_class()(
+        figsize=(14.4, 4.4 * rows + 0.6), dpi=DOTS_PER_INCH, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=12)
+    all_axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, (x_label, groups) in zip(all_axes, panels, strict=False):
+        for label, (colour, points) in groups.items():
+            axes.scatter(
+                [x for x, _, _ in points], [y for _, y, _ in points], 20, colour, label=label
+            )
+        axes.set_xlabel(x_label)
+        axes.grid(color="lightgrey")
+        axes.set_axisbelow(True)
+        axes.margins(x=0.08, y=0.08)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    fix_layout(figure)
+    for axes, (_, groups) in zip(all_axes, panels, strict=False):
+        add_names(axes, groups, [])
+    save(figure, path)
+
+
+def fix_layout(figure):
+    """Lays the figure out for good: names are placed by their pixels, which a later layout would
+    move."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 # Where the left end of a name may stand relative to its dot, in pixels, the nearest place first.
@@ -83,15 +123,13 @@ NAME_OFFSETS = [(dx, dy) for dx in range(-110, 71, 6) for dy in range(-75, 76, 5
 NAME_OFFSETS.sort(key=lambda offset: np.hypot(offset[0] - 8, offset[1] + 5))
 
 
-def add_names(figure, axes, groups):
+def add_names(axes, groups, taken):
     """Writes the name of every point of draw_scatter's `groups` at the nearest place where it
-    covers no other name and no dot; away from its dot a thin line joins them."""
-    # The layout is fixed first: names are placed by their pixels, which a later layout would move.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    covers no other name, no dot and none of the boxes `taken`; away from its dot a thin line joins
+    them."""
     points = [(x, y, name, colour) for colour, found in groups.values() for x, y, name in found]
     dots = axes.transData.transform([point[:2] for point in points])
-    taken = [axes.get_legend().get_window_extent()]
+    taken = list(taken)
     for (x, y, name, colour), dot in zip(points, dots, strict=True):
         text = axes.annotate(name, dot, xycoords="figure pixels", fontsize=8, color=colour)
         box = text.get_window_extent().padded(3)

@@ -14,72 +14,22 @@ from scipy import stats
 
 from common.files import writing
 from common.processes import say
-from probing.correlation import correlate
-from study import figures
+from study import figures, predictors
 from study.attributes import ATTRIBUTES, CLASSES
-from study.results import MEASURES, Results, read_json
+from study.predictors import COLOURS
+from study.results import LATENT_MEASURES, RECORDED_PAGE, Results, read_json, read_recorded
 from study.sections import REMARKS, SECTIONS
+from study.text import (
+    deviation,
+    lower_or_higher,
+    mean_and_interval,
+    number,
+    percent,
+    table_head,
+    table_line,
+)
 
 PAIR = ("plain", "send")
-COLOURS = {"none": "firebrick", "control": "dimgrey", "aligned": "navy"}
-LABELS = {"none": "no alignment", "control": "control", "aligned": "aligned"}
-
-# A correlation over fewer VAEs says nothing.
-MIN_VAES_TO_CORRELATE = 4
-
-# --------------------------------------------------------------------------------------------------
-# Numbers as text
-
-
-def mean_and_interval(values):
-    """Values of several seeds as 'mean ± half a 95% t-interval (n)'."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.3g} (1)"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3g} ± {half:.2g} ({len(values)})"
-
-
-def deviation(values):
-    """Values of several seeds as 'standard deviation (n)'."""
-    if len(values) < 2:
-        return "-"
-    return f"{np.std(values, ddof=1):.2g} ({len(values)})"
-
-
-def number(value, form=".3g"):
-    """A number, [number] or [number, low, high] as text; '-' for None."""
-    if value is None:
-        return "-"
-    value = np.atleast_1d(value)
-    text = format(value[0], form)
-    if len(value) > 1:
-        text += f" [{value[1]:{form}}, {value[2]:{form}}]"
-    return text
-
-
-def percent(value):
-    """Like `number`, of shares in 0..1."""
-    if value is None:
-        return "-"
-    return number([100 * share for share in value], ".1f")
-
-
-def lower_or_higher(a, b):
-    """How a compares with b, as in '38% lower'."""
-    word = "lower" if a < b else "higher"
-    return f"{abs(a / b - 1):.0%} {word}"
-
-
-def table_line(*cells):
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def table_head(*names):
-    return [table_line(*names), "|---" * len(names) + "|"]
-
-
 # --------------------------------------------------------------------------------------------------
 # Directions
 
@@ -457,87 +407,6 @@ def crossing(curve, goal):
 
 
 # --------------------------------------------------------------------------------------------------
-# Section 8: which measure predicts the distance
-
-
-def predictors(results, vaes):
-    pixels = results.class_probe_without_vae()
-    text = (
-        "Pearson's and Spearman's correlation of each measure with the distance in the "
-        "classifier's features, [95% interval over resampled VAEs], (number of VAEs). The columns "
-        "*aligned* leave out the VAEs without alignment and the controls of sections 4 and 10. "
-        "Paper: -0.957 (Pearson) between DeepFashion top-5 recall and gFID over six VAEs."
-    )
-    if pixels:
-        accuracies = ", ".join(f"{label} {100 * share:.1f}%" for label, share in pixels.items())
-        text += f" Class probe without a VAE: {accuracies}."
-    lines = ["## 8. Does the probe predict the distance?", "", text, ""]
-    for step in (results.compare_step, results.last_step):
-        lines += [f"At step {step}:", "", *correlation_table(results, vaes, step), ""]
-    return lines
-
-
-def correlation_table(results, vaes, step):
-    """Correlations with the distance at this SiT step, over all VAEs and over the aligned ones."""
-    distances = {vae: results.mean_distance(vae, step) for vae in vaes}
-    measured = [vae for vae in vaes if distances[vae] is not None]
-    numbers = {vae: results.measures(vae) for vae in measured}
-    groups = {
-        "all": measured,
-        "aligned": [vae for vae in measured if results.kind(vae) == "aligned"],
-    }
-    strengths = {"all": {}, "aligned": {}}
-    lines = table_head(
-        "measure", "all: Pearson", "all: Spearman", "aligned: Pearson", "aligned: Spearman"
-    )
-    for measure in MEASURES:
-        cells = []
-        for group, members in groups.items():
-            known = [vae for vae in members if numbers[vae][measure] is not None]
-            if len(known) < MIN_VAES_TO_CORRELATE:
-                cells += [f"not enough ({len(known)})"] * 2
-                continue
-            x = [numbers[vae][measure] for vae in known]
-            y = [distances[vae] for vae in known]
-            found = correlate(x, y, 0)
-            cells.append(f"{number(found['Pearson'], '.2f')} ({len(known)})")
-            cells.append(f"{number(found['Spearman'], '.2f')} ({len(known)})")
-            strengths[group][measure] = abs(found["Spearman"][0])
-        lines.append(table_line(measure, *cells))
-    return [*lines, "", *best_rankings(strengths)]
-
-
-def best_rankings(strengths):
-    """strengths: {group: {measure: |Spearman|}}"""
-    lines = []
-    for group, strength in strengths.items():
-        if strength:
-            best = max(strength, key=strength.get)
-            lines.append(
-                f"- Best ranking of {group} VAEs (largest |Spearman|): {best}, "
-                f"{strength[best]:.2f}."
-            )
-    return lines
-
-
-def draw_probe(results, vaes, path):
-    """Draws the distance over the class probe, a dot for each VAE. Returns whether there are
-    enough."""
-    groups = {kind: [] for kind in LABELS}
-    for vae in vaes:
-        distance = results.mean_distance(vae)
-        accuracy = results.probe(vae, "class probe")
-        if distance is not None and accuracy is not None:
-            groups[results.kind(vae)].append((100 * accuracy[0], distance, vae))
-    if sum(len(points) for points in groups.values()) < MIN_VAES_TO_CORRELATE:
-        return False
-    labelled = {LABELS[kind]: (COLOURS[kind], points) for kind, points in groups.items() if points}
-    title = f"Frechet distance of samples at SiT step {results.compare_step}, a dot for each VAE"
-    figures.draw_scatter(path, title, "class probe, %", labelled)
-    return True
-
-
-# --------------------------------------------------------------------------------------------------
 # Section 9: costs
 
 
@@ -635,15 +504,16 @@ def deviation_of_draws(results, vae):
 
 
 def latent_properties(results, vaes):
-    """A table of every measure of every VAE that has one."""
+    """A table of every VAE that has one of LATENT_MEASURES."""
     lines = table_head(
         "VAE",
         "distance, classifier",
         f"distance, classifier, step {results.last_step}",
-        *MEASURES,
+        *LATENT_MEASURES,
     )
     for vae in vaes:
-        numbers = results.measures(vae).values()
+        measures = results.measures(vae)
+        numbers = [measures[name] for name in LATENT_MEASURES]
         if all(value is None for value in numbers):
             continue
         line = table_line(
@@ -840,19 +710,121 @@ def quick_page(args, results, vaes):
 
 def full_page(args, results, vaes):
     lines = introduction(args, results, vaes)
-    lines += [*main_comparison(results, "docs/study.png", "docs/study.png"), *remark(1)]
-    for section_number in range(2, 8):
-        lines += [*comparison(results, section_number), *remark(section_number)]
-    lines += predictors(results, vaes)
-    if draw_probe(results, vaes, "docs/probe.png"):
-        lines += ["![distance over class probe](docs/probe.png)", ""]
-    lines += remark(8)
-    lines += [*costs(results, vaes), *long_tuning(results), *remark(9)]
-    lines += [*controls(results, vaes), *remark(10)]
-    for section_number in (11, 12):
-        lines += [*comparison(results, section_number), *remark(section_number)]
+    for section_number in range(1, 13):
+        recorded = recorded_section(results, section_number)
+        if recorded and not is_complete(results, section_number):
+            lines += recorded
+        else:
+            lines += [*own_section(results, vaes, section_number), *remark(section_number)]
     lines += [*first_steps(results, args.early_points, args.early_rates), *remark(13)]
+    lines += [*predictors.ifid_section(results, vaes), *remark(14)]
+    lines += [*predictors.editing_section(results, vaes), *remark(15)]
+    lines += predictors.prediction_section(results, vaes)
+    if predictors.draw_predictors(results, vaes, "docs/predictors.png"):
+        lines += ["![distance over four measures](docs/predictors.png)", ""]
+    lines += [*remark(16), *retrained(results)]
     return [*lines, *attribute_table()]
+
+
+def own_section(results, vaes, section_number):
+    """One of the sections 1 to 12, from the runs at hand."""
+    if section_number == 1:
+        return main_comparison(results, "docs/study.png", "docs/study.png")
+    if section_number == 8:
+        lines = predictors.probe_section(results, vaes)
+        if predictors.draw_probe(results, vaes, "docs/probe.png"):
+            lines += ["![distance over class probe](docs/probe.png)", ""]
+        return lines
+    if section_number == 9:
+        return [*costs(results, vaes), *long_tuning(results)]
+    if section_number == 10:
+        return controls(results, vaes)
+    return comparison(results, section_number)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is only recorded
+
+
+def is_complete(results, section_number):
+    """Whether the runs at hand have all that the recorded section has: all its VAEs, with their
+    measures (sections 8 and 9) or with sets of samples."""
+    if section_number in (8, 9):
+        return all(
+            results.judged(vae, "psnr") and results.probe(vae, "class probe")
+            for vae in results.recorded["vaes"]
+        )
+    steps = [results.compare_step, results.last_step]
+    if section_number == 12:
+        steps = [results.compare_step]
+    return all(
+        results.by_sit_seed(vae, step)
+        for vae in SECTIONS[section_number].paper_gfid
+        for step in steps
+    )
+
+
+def recorded_section(results, section_number):
+    """A section of the page of the earlier training, with a line that says so; nothing if none is
+    recorded."""
+    if results.recorded is None:
+        return []
+    with open(RECORDED_PAGE) as file:
+        sections = file.read().split("\n## ")
+    wanted = [s for s in sections if s.removeprefix("## ").startswith(f"{section_number}. ")]
+    if not wanted:
+        return []
+    title, _, rest = wanted[0].removeprefix("## ").partition("\n")
+    recorded = results.recorded
+    note = (
+        f"*As found by the earlier training of the same recipe ({recorded['date']}, commits "
+        f"{', '.join(recorded['run_commits'])}), whose SiTs are not kept. The runs at hand are not "
+        "complete here.*"
+    )
+    lines = [f"## {title} †", "", note, "", rest.strip(), ""]
+    if section_number == 9:
+        lines += long_tuning(results)
+    return lines
+
+
+def retrained(results):
+    """A table of how much the VAEs at hand differ from those of the earlier training."""
+    if results.recorded is None:
+        return []
+    lines = ["## The VAEs at hand and the recorded ones", ""]
+    rows = []
+    for measure in next(iter(results.recorded["vaes"].values()))["measures"]:
+        differences = {}
+        recorded = []
+        for vae, entry in results.recorded["vaes"].items():
+            value = results.measures(vae)[measure]
+            if value is not None:
+                differences[vae] = value - entry["measures"][measure]
+            recorded.append(entry["measures"][measure])
+        if not differences:
+            continue
+        largest = max(differences, key=lambda vae: abs(differences[vae]))
+        row = table_line(
+            measure,
+            len(differences),
+            f"{np.mean(list(differences.values())):+.2g}",
+            f"{differences[largest]:+.2g} ({largest})",
+            number(np.std(recorded, ddof=1), ".2g"),
+        )
+        rows.append(row)
+    if not rows:
+        return [*lines, "No VAE has been trained again yet.", ""]
+    head = table_head(
+        "measure", "VAEs", "mean difference", "largest", "deviation over the recorded VAEs"
+    )
+    text = (
+        "The VAEs were trained again by the same recipe, with later code. Measured now less "
+        "recorded, which is rounded to three digits (PSNR: four):"
+    )
+    return [*lines, text, "", *head, *rows, ""]
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def write(args, vaes):
@@ -860,13 +832,15 @@ def write(args, vaes):
 
     args: those of study/run.py. vaes: names of the VAEs that the study trains.
     """
-    results = Results(args.out, args.size.sit_points, args.size.compare_step)
+    recorded = None if args.quick else read_recorded(args.size)
+    results = Results(args.out, args.size.sit_points, args.size.compare_step, recorded)
     lines = quick_page(args, results, vaes) if args.quick else full_page(args, results, vaes)
     with writing(args.results) as file:
         file.write(("\n".join(lines) + "\n").encode())
     say(f"written   {args.results}")
     if args.quick:
         return
+    predictors.write_scale(args, results, vaes, args.scale)
     unexplained = [
         section_number
         for section_number in SECTIONS

@@ -2,8 +2,11 @@
 
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
+
+from study.text import mean_and_half
 
 MAX_SIT_SEEDS = 20
 
@@ -15,6 +18,16 @@ PROBE_MEASURES = {
     "Gini of density": ("Gini of density", ""),
     "mixture of 8": ("mixture of 8", ""),
 }
+# Those of its tasks disentanglement and editing.
+EDITING_MEASURES = {
+    "DCI disentanglement": ("DCI disentanglement", "_editing"),
+    "DCI completeness": ("DCI completeness", "_editing"),
+    "DCI informativeness": ("DCI informativeness", "_editing"),
+    "SAP": ("SAP", "_editing"),
+    "MIG": ("MIG", "_editing"),
+    "own change": ("edit: own change", "_editing"),
+    "leakage": ("edit: leakage", "_editing"),
+}
 # Measures of a VAE that study/judge.py took: name in the report -> its name in the judge's result.
 JUDGE_MEASURES = {
     "PSNR": "psnr",
@@ -23,7 +36,14 @@ JUDGE_MEASURES = {
     "neighbour correlation": "neighbour_correlation",
     "largest / smallest channel std": "channel_spread",
 }
-MEASURES = (*PROBE_MEASURES, *JUDGE_MEASURES)
+# Those of its iFID.
+IFID_MEASURES = {"iFID": "ifid", "rFID": "rfid"}
+LATENT_MEASURES = (*PROBE_MEASURES, *JUDGE_MEASURES)
+MEASURES = (*LATENT_MEASURES, *IFID_MEASURES, *EDITING_MEASURES)
+
+# What is known of an earlier training of the same recipe, whose SiTs are not kept.
+RECORDED = os.path.join(os.path.dirname(__file__), "recorded.json")
+RECORDED_PAGE = os.path.join(os.path.dirname(__file__), "recorded.md")
 
 
 def read_json(path):
@@ -34,16 +54,41 @@ def read_json(path):
         return json.load(file)
 
 
+def read_recorded(size):
+    """The content of RECORDED, or None if a study of this Size of study/run.py has another
+    recipe."""
+    recorded = read_json(RECORDED)
+    same = (
+        recorded["base_steps"] == size.base_steps
+        and recorded["tune_steps"] == size.tune_steps
+        and recorded["sit_points"] == list(size.sit_points)
+    )
+    return recorded if same else None
+
+
+class Distance(NamedTuple):
+    """A VAE's Frechet distance in the classifier's features."""
+
+    # Over SiT seeds.
+    mean: float
+    # Half a 95% t-interval; None for a single SiT.
+    half: float | None
+    sits: int
+    # Whether it is of the SiTs of the earlier training.
+    is_recorded: bool
+
+
 class Results:
     """Reads the results under the folder `out`.
 
     sit_points: the SiT steps at which sets of samples were drawn; compare_step: the one of them
-    at which all VAEs are compared. A VAE is given by its name in study/run.py; <VAE>-repa stands
-    for the SiTs that were trained on it with the REPA loss.
+    at which all VAEs are compared. recorded: what read_recorded returned. A VAE is given by its
+    name in study/run.py; <VAE>-repa stands for the SiTs that were trained on it with the REPA loss.
     """
 
-    def __init__(self, out, sit_points, compare_step):
+    def __init__(self, out, sit_points, compare_step, recorded=None):
         self.out = out
+        self.recorded = recorded
         self.sit_points = sit_points
         self.compare_step = compare_step
         self.last_step = sit_points[-1]
@@ -71,12 +116,24 @@ class Results:
         """The values of by_sit_seed as a list."""
         return list(self.by_sit_seed(vae, step, key, suffix).values())
 
-    def mean_distance(self, vae, step=None):
-        """Mean distance in the classifier's features over SiT seeds, or None without any."""
+    def distance(self, vae, step=None):
+        """The Distance of a VAE: of its sets of samples or, if there are none of this step, as it
+        is recorded of an earlier training. None if there is neither."""
+        step = step or self.compare_step
         values = self.values(vae, step)
-        if not values:
+        if values:
+            return Distance(*mean_and_half(values), len(values), False)
+        if self.recorded is None:
             return None
-        return float(np.mean(values))
+        found = self.recorded["vaes"].get(vae, {"distances": {}})["distances"].get(str(step))
+        if found is None:
+            return None
+        return Distance(found["mean"], found.get("half_interval"), found["sits"], True)
+
+    def mean_distance(self, vae, step=None):
+        """The mean of distance(...), or None."""
+        found = self.distance(vae, step)
+        return None if found is None else found.mean
 
     def over_vae_seeds(self, vae, sit_seed=None, step=None):
         """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the
@@ -117,7 +174,7 @@ class Results:
     def probe(self, vae, measure):
         """A number from probe.py: [value, low, high], [value] where there is no interval, or
         None."""
-        name, suffix = PROBE_MEASURES[measure]
+        name, suffix = {**PROBE_MEASURES, **EDITING_MEASURES}[measure]
         result = read_json(f"{self.out}/probe_{vae}{suffix}/result.json")
         if result is None:
             return None
@@ -140,12 +197,30 @@ class Results:
     def measures(self, vae):
         """{measure of MEASURES: number or None}; none of them needs a SiT."""
         numbers = {}
-        for measure in PROBE_MEASURES:
+        for measure in (*PROBE_MEASURES, *EDITING_MEASURES):
             value = self.probe(vae, measure)
             numbers[measure] = None if value is None else value[0]
         for measure, key in JUDGE_MEASURES.items():
             numbers[measure] = self.judged(vae, key)
-        return numbers
+        for measure, key in IFID_MEASURES.items():
+            numbers[measure] = self.judged(f"{vae}-ifid", key)
+        return {measure: numbers[measure] for measure in MEASURES}
+
+    def fit(self, vae, suffix):
+        """What probe.py recorded about its measures of a VAE in the result of this suffix, or
+        None."""
+        result = read_json(f"{self.out}/probe_{vae}{suffix}/result.json")
+        if result is None:
+            return None
+        for label, about in result["fits"].items():
+            if label.endswith(f"vae_{vae}"):
+                return about
+        return None
+
+    def probe_pictures(self, vae, suffix):
+        """How many pictures probe.py encoded for the result of this suffix."""
+        result = read_json(f"{self.out}/probe_{vae}{suffix}/result.json")
+        return sum(next(iter(result["benchmarks"].values()))["pictures"])
 
     def pictures_per_second(self, vae):
         """Training speed: the 90th percentile of a run's log, which other work disturbs least, or

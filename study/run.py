@@ -164,7 +164,7 @@ SHORT_TUNING_SHARE = 0.44
 
 def parse_arguments(argv=None):
     """The flags, and what follows from --quick: out (folder), size (Size), results (path of the
-    page). early_points and early_rates are those above."""
+    page), scale (path of the scale). early_points and early_rates are those above."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,6 +201,7 @@ def parse_arguments(argv=None):
         args.size = SIZES["full"]
         args.out = "runs/study"
         args.results = "RESULTS.md"
+        args.scale = "study/scale.json"
     args.early_points = EARLY_POINTS
     args.early_rates = EARLY_RATES
     return args

@@ -15,8 +15,9 @@ from conftest import VAE, script
 from PIL import Image
 from scipy import stats
 
-from common.files import UserError, read_weights, write_json, write_weights
+from common.files import UserError, read_weights, state_hash, write_json, write_weights
 from common.flags import share_batch
+from common.pictures import ImageSet
 from common.weights import load_vae
 import fid
 import models
@@ -25,7 +26,7 @@ import sample
 import train_sit
 import train_vae
 from probing import benchmarks
-from study import attributes, figures, judge, paper, report, results, run as study
+from study import attributes, figures, judge, paper, predictors, report, results, run as study
 
 PARSERS = {
     "train_vae.py": train_vae,
@@ -500,7 +501,8 @@ SIX_PSNR = [0, 1, 2, 3, 5, 4]
 
 def test_report_correlates_measures_with_distances(six_vaes):
     text = page(vaes=six_vaes)
-    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    section = text[text.index("## 8.") : text.index("## 9.")]
+    lines = {line.split(" | ")[0]: line for line in section.splitlines()}
     perfect = "-1.00 [-1.00, -1.00] (6)"
     assert f"| {perfect} | {perfect} | not enough (3) | not enough (3) |" in lines["| class probe"]
     pearson = stats.pearsonr(SIX_PSNR, range(10, 4, -1))[0]
@@ -535,6 +537,247 @@ def test_remarks_stand_in_their_section_and_undecided_directions_are_named(
     assert "sections [10], which have no remark" in capsys.readouterr().out
     assert "An abacus." in text
     assert text.index("## 1.") < text.index("Because of this.") < text.index("## 2.")
+
+
+# --------------------------------------------------------------------------------------------------
+# What is recorded of an earlier training
+
+
+def full_page(vaes):
+    """The text of the page of the full study's size about the runs in out/."""
+    os.makedirs("docs", exist_ok=True)
+    args = study.parse_arguments([])
+    args.out = "out"
+    args.results = "out/R.md"
+    report.write(args, list(vaes))
+    with open("out/R.md") as file:
+        return file.read()
+
+
+def test_recorded_distances_stand_in_only_where_there_are_no_sets_and_are_marked(inside):
+    recorded = results.read_recorded(study.SIZES["full"])
+    write_runs({("plain", 0, 750, ""): 3.0, ("plain", 1, 750, ""): 5.0})
+    found = results.Results("out", (750, 2000), 750, recorded)
+    assert predictors.distance_cell(found.distance("plain")) == "4 ± 13 (2)"
+    assert predictors.distance_cell(found.distance("plain", 2000)) == "7.08 ± 0.3 (3) †"
+    assert predictors.distance_cell(found.distance("vavae", 2000)) == "5.34 (1) †"
+    assert found.distance("unknown") is None
+    assert found.distance("plain", 500) is None
+    # A section's tables and verdicts are never filled up from what is recorded.
+    assert found.values("plain", 2000) == []
+    assert results.Results("out", (750, 2000), 750).distance("vavae") is None
+
+
+def test_another_recipe_has_no_record():
+    assert results.read_recorded(study.SIZES["full"]) is not None
+    assert results.read_recorded(study.SIZES["quick"]) is None
+    assert results.read_recorded(study.SIZES["full"]._replace(tune_steps=5001)) is None
+
+
+def test_a_section_is_the_recorded_one_until_the_runs_have_all_of_it(inside):
+    sets = {(vae, 0, 750, ""): 3.0 for vae in ("plain", "send", "no_noise")}
+    write_runs({**sets, ("plain", 0, 2000, ""): 2.0, ("send", 0, 2000, ""): 1.0})
+    text = full_page(["plain", "send", "no_noise"])
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    # Section 1 has sets at both steps; of no_noise the later one is missing.
+    assert titles[0] == "## 1. With and without alignment"
+    assert titles[1] == "## 2. Noise injection †"
+    section = text[text.index("## 2.") : text.index("## 3.")]
+    assert "*As found by the earlier training of the same recipe" in section
+    assert "send 4.21 is 15% lower than no_noise 4.93" in section
+
+    write_runs({("no_noise", 0, 2000, ""): 1.5})
+    text = full_page(["plain", "send", "no_noise"])
+    assert "## 2. Noise injection\n" in text
+    assert "send 1 is 33% lower than no_noise 1.5" in text
+
+
+def test_recorded_numbers_are_those_of_the_recorded_page():
+    with open(results.RECORDED_PAGE) as file:
+        lines = [line for line in file if line.startswith("| ")]
+    recorded = results.read_recorded(study.SIZES["full"])
+    for vae, entry in recorded["vaes"].items():
+        cells = [
+            predictors.distance_cell(
+                results.Distance(found["mean"], found.get("half_interval"), found["sits"], False)
+            )
+            for found in entry["distances"].values()
+        ]
+        assert any(line.startswith(f"| {vae} | {cells[0]} | {cells[1]} |") for line in lines)
+        psnr = entry["measures"]["PSNR"]
+        assert any(line.startswith(f"| {vae} | {psnr:.2f} | 0.9") for line in lines)
+
+
+def test_the_vaes_at_hand_are_compared_with_the_recorded_ones(inside):
+    recorded = results.read_recorded(study.SIZES["full"])
+    for vae, change in (("plain", 0.1), ("send", -0.3)):
+        psnr = recorded["vaes"][vae]["measures"]["PSNR"] + change
+        write_json(f"out/judged/{vae}.json", dict(psnr=psnr, ssim=0.9))
+    text = full_page(["plain", "send"])
+    assert "| PSNR | 2 | -0.1 | -0.3 (send) | 1.4 |" in text
+
+
+# --------------------------------------------------------------------------------------------------
+# What predicts
+
+
+def test_every_vae_has_one_family():
+    names = [name for vaes, _ in predictors.FAMILIES.values() for name in vaes]
+    assert len(names) == len(set(names))
+    for vae in study.vaes_of(study.QUESTIONS):
+        assert predictors.family(vae) in predictors.FAMILIES
+
+
+def planted_table(families=5, per_family=4):
+    """x (n,3), y (n,) and families (n,): y is 2 x0 - x1 and some noise, and x2 has no part in it.
+    Families differ in their means."""
+    rng = np.random.default_rng(0)
+    names = np.repeat([f"f{k}" for k in range(families)], per_family)
+    x = rng.normal(size=(len(names), 3)) + np.repeat(rng.normal(size=(families, 3)), per_family, 0)
+    y = 2 * x[:, 0] - x[:, 1] + 0.01 * rng.normal(size=len(names))
+    return x, y, names
+
+
+def test_a_family_has_no_part_in_its_own_predictions():
+    x, y, names = planted_table()
+    predictions = predictors.predict_left_out(x[:, :2], y, names)
+    assert predictors.error_of(predictions, y) < 0.03
+    out = names == "f3"
+    changed = predictors.predict_left_out(x[:, :2], np.where(out, 100, y), names)
+    assert np.array_equal(changed[out], predictions[out])
+    assert not np.allclose(changed[~out], predictions[~out])
+    # Against least squares without standardisation.
+    design = np.column_stack([np.ones(len(y)), x[:, :2]])
+    weights = np.linalg.lstsq(design[~out], y[~out], rcond=None)[0]
+    assert np.allclose(predictions[out], design[out] @ weights)
+    # Without measures it is the mean of the others.
+    mean = predictors.predict_left_out(x[:, :0], y, names)
+    assert np.allclose(mean[out], y[~out].mean())
+
+
+def test_the_choice_is_the_planted_pair_and_is_left_to_the_other_families():
+    x, y, names = planted_table()
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    assert predictors.best_choice(x, y, names, pairs) == (0, 1)
+    anew = predictors.predict_with_choice(x, y, names, pairs)
+    assert np.allclose(anew, predictors.predict_left_out(x[:, :2], y, names))
+
+
+def test_correlations_without_a_family_go_from_the_weakest_to_the_strongest():
+    vaes = ["plain", "plain_s1", "plain_s2", "send", "send_s1", "send_s2", "vavae"]
+    values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    distances = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 9.0]
+    numbers = {vae: {"iFID": value} for vae, value in zip(vaes, values, strict=True)}
+    table = predictors.Table(1, vaes, dict(zip(vaes, distances, strict=True)), numbers)
+    found = predictors.correlations_without_families(table, "iFID", predictors.pearson)
+    assert set(found) == {"plain", "send", "loss"}
+    assert found["loss"] == pytest.approx(-1)
+    assert found["plain"] == pytest.approx(stats.pearsonr(values[3:], distances[3:])[0])
+    without_send = stats.pearsonr(values[:3] + values[6:], distances[:3] + distances[6:])[0]
+    assert found["send"] == pytest.approx(without_send)
+    cell = predictors.without_family_cell(table, "iFID", predictors.pearson)
+    assert cell == f"{found['send']:.2f} (without send) to -1.00 (without loss)"
+
+
+def write_measures(vae, ifid=3.0):
+    """Writes results of a VAE with the costs of its measures."""
+    label = f"out/vae_{vae}"
+    spent = dict(encoding=2.0, decoding=3.0)
+    judged = dict(psnr=30.0, ssim=0.9, pictures=2000, reconstruction_classifier=1.5)
+    write_json(f"out/judged/{vae}.json", dict(judged, processor_seconds=spent))
+    record = dict(
+        neighbours=10,
+        seed=0,
+        interpolation="slerp",
+        weights="softmax",
+        latents="encoded",
+        training=dict(pictures=500),
+    )
+    record["nearest by"] = "cosine"
+    record["held out"] = 2000
+    result = dict(ifid=ifid, rfid=1.0, interpolation=record, processor_seconds=50.0)
+    write_json(f"out/judged/{vae}-ifid.json", result)
+    about = dict(
+        uniformity=dict(points=10000),
+        editing=dict(steps=[-3, 3], judge_f1_macro=0.7, pictures=128),
+        processor_seconds=dict(probe=4.0, uniformity=0.5, mixture=8.0, disentanglement=1.0),
+    )
+    about["processor_seconds"]["editing"] = 6.0
+    measured = {"accuracy": 0.5, "F1 macro": 0.6, "Gini of density": 0.3, "edit: leakage": 0.4}
+    measured["edit: own change"] = 0.8
+    for suffix in ("", "_attributes", "_editing"):
+        result = dict(
+            results=dict(b={name: {label: [value]} for name, value in measured.items()}),
+            fits={f"b, {label}": about},
+            benchmarks=dict(b=dict(pictures=[10000, 4000, 6000])),
+        )
+        write_json(f"out/probe_{vae}{suffix}/result.json", result)
+
+
+def test_costs_count_what_a_measure_needs(inside):
+    """Encoding takes a millisecond a picture."""
+    for vae in ("plain", "send"):
+        write_measures(vae)
+    found = results.Results("out", (300,), 300)
+    expected = {
+        "PSNR": 5.0,
+        "effective rank of channels": 2.0,
+        "iFID": 50.0,
+        "Gini of density": 10.0 + 0.5,
+        "class probe": 20.0 + 4.0,
+        "DCI completeness": 20.0 + 4.0 + 1.0,
+        "leakage": 20.0 + 4.0 + 6.0,
+    }
+    for measure, seconds in expected.items():
+        assert predictors.cost(found, ["plain", "send"], measure) == pytest.approx(seconds)
+    assert predictors.cost(found, ["absent"], "iFID") is None
+
+
+def test_the_page_has_ifid_editing_and_the_scale(inside, pictures, monkeypatch):
+    for vae in ("plain", "send"):
+        write_measures(vae)
+    os.makedirs("data/cifar10")
+    os.symlink(pictures, "data/cifar10/test")
+    net = judge.Classifier(2)
+    torch.save(dict(net.state_dict(), accuracy=torch.tensor(0.5)), "out/classifier.pt")
+    os.makedirs("study")
+    write_runs({("plain", 0, 750, ""): 8.0})
+    text = full_page(["plain", "send"])
+    assert "| plain | 3 | 1 | 8 (1) | 7.08 ± 0.3 (3) † |" in text
+    assert "| send | - | - | - | - | - | 0.8 | 0.4 | 0.5 |" in text
+    with open("study/scale.json") as file:
+        scale = json.load(file)
+    assert scale["data"] == ImageSet(pictures).fingerprint
+    assert scale["classifier"] == state_hash(net.state_dict())
+    assert scale["settings"]["held out"] == 2000
+    assert scale["settings"]["interpolated with"] == 500
+    plain = scale["vaes"]["plain"]
+    assert (plain["psnr"], plain["floor"], plain["ifid"]) == (30.0, 1.5, 3.0)
+    assert (plain["class probe"], plain["gini"], plain["leakage"]) == (0.5, 0.3, 0.4)
+    assert plain["dci completeness"] is None
+    assert (plain["distance 750"], plain["distance 750 is"]) == (8.0, "measured")
+    assert (plain["distance 2000"], plain["distance 2000 is"]) == (7.08, "recorded")
+
+
+def test_the_best_measure_is_named_with_its_error_and_cost(inside):
+    """The distance is twice iFID and a little; eight VAEs of four families."""
+    vaes = ["plain", "plain_s1", "send", "send_s1", "depth0", "mlp", "weight2", "weight0.5"]
+    for k, vae in enumerate(vaes):
+        write_measures(vae, ifid=float(k))
+    numbers = {vae: dict.fromkeys(results.MEASURES, 1.0) for vae in vaes}
+    rng = np.random.default_rng(0)
+    for k, vae in enumerate(vaes):
+        numbers[vae].update(iFID=float(k), PSNR=rng.normal(), SAP=rng.normal())
+    distances = {vae: 2.0 * k + 0.1 * rng.normal() for k, vae in enumerate(vaes)}
+    table = predictors.Table(300, vaes, distances, numbers)
+    found = results.Results("out", (300,), 300)
+    text = "\n".join(predictors.fit_lines(found, table, "all", vaes))
+    assert "Best single measure: iFID." in text
+    rows = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert rows["| iFID"].endswith("| 0.98 | 50 |") or rows["| iFID"].endswith("| 1.00 | 50 |")
+    assert rows["| none: the mean of the others"].endswith("| - | - |")
+    few = predictors.fit_lines(found, table, "all", vaes[:4])
+    assert few[0] == "Step 300, all VAEs (4 with all measures): not enough families (2) for a fit."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -574,6 +817,22 @@ def test_names_of_crowded_dots_cover_neither_each_other_nor_a_dot(drawn):
     for k, box in enumerate(boxes):
         assert box.count_overlaps(boxes[:k]) == 0
         assert box.count_contains(dots) == 0
+
+
+def test_panels_share_families_and_name_every_dot(drawn):
+    groups = {
+        "one": ("navy", [(0.0, 0.0, "a"), (0.01, 0.01, "b")]),
+        "two": ("firebrick", [(1.0, 1.0, "c")]),
+    }
+    figures.draw_panels("x.png", "title", [("first", groups), ("second", groups), ("3", groups)])
+    panels = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in panels] == ["first", "second", "3"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "two"]
+    for axes in panels:
+        names = [text for text in axes.texts if text.get_text()]
+        assert [text.get_text() for text in names] == ["a", "b", "c"]
+        boxes = [text.get_window_extent() for text in names]
+        assert boxes[1].count_overlaps(boxes[:1]) == 0
 
 
 def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):
