@@ -111,49 +111,114 @@ def open_picture(source):
     return image
 
 
+# Tags of TIFF files: bits of a number, the photometric interpretation, and the largest number.
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+MAX_SAMPLE_VALUE = 281
+
+
+def white_of(image):
+    """PIL image of greys with more than 8 bits (modes I and I;16, and F) -> the number that is
+    white in it. Raises ValueError where its file does not tell."""
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers (mode F), whose range is not known; save it "
+            "with 8 or 16 bits"
+        )
+    # Pillow brings the greys of all other formats to 16 bits.
+    if image.format != "TIFF":
+        return 65535
+    stated = stated_white(image)
+    if stated is not None:
+        return stated
+    bits = image.tag_v2[BITS_PER_SAMPLE][0]
+    if image.mode == "I":
+        raise ValueError(
+            f"its pixels are whole numbers of {bits} bits (mode I), whose range is not known; save "
+            "it with 8 or 16 bits, or set the TIFF tag MaxSampleValue (281)"
+        )
+    return 2**bits - 1
+
+
+def stated_white(image):
+    """The white that a TIFF file states, or None. A MaxSampleValue such as 3120 is the largest
+    number in the picture. Only one such as 4095 tells the range, here of 12 bits."""
+    if MAX_SAMPLE_VALUE not in image.tag_v2:
+        return None
+    stated = int(np.max(image.tag_v2[MAX_SAMPLE_VALUE]))
+    if stated >= 255 and (stated + 1).bit_count() == 1:
+        return stated
+    return None
+
+
+def may_be_dark(image):
+    """Whether a PIL image, of which no pixel is read yet, has 16 bits a number in its file, which
+    does not tell whether white is 65535 or less."""
+    has_16_bits = bool(image.tile) and ";16" in str(image.tile[0][3])
+    if not has_16_bits or image.mode == "CMYK":
+        return False
+    if image.format != "TIFF" or not image.mode.startswith("I"):
+        return True
+    return stated_white(image) is None and image.tag_v2[PHOTOMETRIC] != 0
+
+
+def peak_of(image):
+    """The largest number in a PIL image with 16 bits."""
+    pixels = np.asarray(image)
+    if image.mode.startswith("I"):
+        return int(pixels.max())
+    # Of colours Pillow keeps 8 bits. A fourth channel is alpha.
+    return 257 * int(pixels[:, :, :3].max())
+
+
 def check_open_picture(file, tail, decode):
     """Checks an open file's header and its end, which is cheap, or with `decode` all of its pixels.
     tail: its last bytes.
 
-    -> (width, height), or words that say what is wrong with it."""
+    -> (width, height), or words that say what is wrong with it; and peak_of it where it
+    may_be_dark, else None"""
+    peak = None
     try:
         with open_picture(file) as image:
-            if image.mode == "F":
-                return "floating-point pixels have no known range"
+            if image.mode[0] in "IF":
+                white_of(image)
             size = image.size
             # Without the mark of its end a JPEG is cut, or other data follow the picture: decoding
             # tells.
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in tail:
                 decode = True
             # This compares the checksums of a PNG and reaches its end. It does nothing for others.
+            has_peak = may_be_dark(image)
             image.verify()
-        if decode:
+        if decode or has_peak:
             file.seek(0)
             with open_picture(file) as image:
                 image.load()
+                if has_peak:
+                    peak = peak_of(image)
     except Exception as error:  # Pillow's decoders raise a dozen types.
-        return first_line(error)
-    return size
+        return first_line(error), None
+    return size, peak
 
 
 def examine_picture(source, decode=False):
-    """-> (edge_checksum of a file, what check_open_picture says of it); the checksum of a file that
-    cannot be opened is 0. source: a path, or a Place in an archive."""
+    """-> (edge_checksum of a file, and the two that check_open_picture says of it); the checksum of
+    a file that cannot be opened is 0. source: a path, or a Place in an archive."""
     if not isinstance(source, Place) and not os.path.isfile(source):
         if os.path.islink(source):
-            return 0, "it is a broken link"
-        return 0, "it is not a regular file"
+            return 0, "it is a broken link", None
+        return 0, "it is not a regular file", None
     try:
         with open_source(source) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             head, tail = read_edges(file, size)
-            found = "it is empty"
+            found = "it is empty", None
             if size > 0:
                 found = check_open_picture(file, tail, decode)
-            return edge_checksum(head, tail), found
+            return edge_checksum(head, tail), *found
     except Exception as error:  # A damaged archive raises others than OSError.
-        return 0, first_line(error)
+        return 0, first_line(error), None
 
 
 def open_source(source):
@@ -436,6 +501,20 @@ def refuse_unreadable(files, problems, skip_bad, path_of):
     )
 
 
+def refuse_dark(root, peak):
+    """Raises a UserError where no picture with 16 bits has a number above those of 14 bits. Such
+    pictures have fewer bits than their files say, and would be all but black. peak: see ImageSet.
+    """
+    if peak is None or not 0 < peak < 2**14:
+        return
+    raise UserError(
+        f"the pictures with 16 bits in {root} reach only {peak} of 65535, as numbers of "
+        f"{max(8, peak.bit_length())} bits do, and would be dark; save them with numbers up to "
+        "65535, or, if they are grey TIFFs, set their tag MaxSampleValue (281) to a range such as "
+        "4095"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # A set of pictures
 
@@ -489,6 +568,7 @@ class ImageSet:
             if os.path.isdir(os.path.join(self.root, folder)):
                 self.root = os.path.join(self.root, folder)
                 self.notes.append(f"the training pictures in {folder} are taken")
+        self.peak = None  # of all pictures with 16 bits, see peak_of
         self.table_file = table_path(self.root, "pictures")
         # The first process examines the files while the others wait. These do the same themselves
         # only if they cannot read what the first has kept, as on another node without a common
@@ -542,16 +622,20 @@ class ImageSet:
         kept = read_table(self.table_file, COLUMNS)
         todo = np.arange(len(files))
         if kept is not None:
+            self.peak = kept[0].get("peak")
             todo = self.take_over(kept[1], table)
         problems = {}
         if len(todo):
             self.names = names
             problems = self.fill(table, todo)
         refuse_unreadable(files, problems, self.skip_bad, self.path)
+        refuse_dark(self.root, self.peak)
         self.take(files, table, listing.left_out)
         header = {"left_out": listing.left_out}
         if self.labelled:
             header["labelled"] = True
+        if self.peak is not None:
+            header["peak"] = self.peak
         if not is_same_table(kept, header, table):
             write_table(self.table_file, header, table)
 
@@ -567,7 +651,9 @@ class ImageSet:
         decode = table["decoded"][todo].tolist()
         last_time = time.monotonic()
         for i, found in zip(todo, examine_pictures(sources, decode), strict=True):
-            table["checksums"][i], result = found
+            table["checksums"][i], result, peak = found
+            if peak is not None:
+                self.peak = max(peak, self.peak or 0)
             if isinstance(result, str):
                 problems[int(i)] = result
             else:
@@ -584,7 +670,8 @@ class ImageSet:
         """Keeps a table for a later start, but for the rows that a bool (N,) marks."""
         if rank() == 0:
             states = np.where(unfinished[:, None], NO_FILE, table["states"])
-            write_table(self.table_file, {"unfinished": True}, dict(table, states=states))
+            header = {"unfinished": True, "peak": self.peak}
+            write_table(self.table_file, header, dict(table, states=states))
 
     def take_over(self, kept, table):
         """Fills a table with what an earlier start kept. -> indices of the files to examine: those
@@ -718,11 +805,15 @@ def say_if_enlarged(data, size):
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB. Alpha is dropped, as in ADM's loader. 16-bit greys are scaled
-    to 8 bits; Pillow would clip them."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    """PIL image of any mode -> RGB. Alpha is dropped, as in ADM's loader. Greys of more than 8 bits
+    are scaled to 8; Pillow would clip them. Raises ValueError where their range is not known."""
+    if image.mode[0] in "IF":
+        grey = np.asarray(image).astype(np.float64) * 255 / white_of(image)
+        grey = grey.round().clip(0, 255)
+        if image.format == "TIFF" and image.tag_v2[PHOTOMETRIC] == 0:
+            # Pillow inverts where 0 is white, but not here.
+            grey = 255 - grey
+        image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -5,8 +5,10 @@ import argparse
 import copy
 import json
 import math
+import struct
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -24,10 +26,12 @@ import train_vae
 from common.draws import _mix, normal, uniform
 from common.files import UserError
 from common.pictures import (
+    ImageSet,
     adm_crop,
     examine_picture,
     from_uint8,
     load_image,
+    open_picture,
     save_grid,
     to_rgb,
     to_uint8,
@@ -146,7 +150,7 @@ def test_adm_crop_against_float_reference(width, height, size):
 
 def grey_ramp():
     """(32,256), every row 0 to 255."""
-    return np.tile(np.arange(256, dtype=np.uint8), (32, 1))
+    return np.tile(np.arange(256), (32, 1))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA", "YCbCr", "I;16"])
@@ -154,7 +158,7 @@ def test_every_kind_of_picture_becomes_rgb(mode, tmp_path):
     if mode == "I;16":
         image = Image.fromarray(grey_ramp().astype(np.uint16) * 257)
     else:
-        image = Image.fromarray(grey_ramp()).convert("RGB").convert(mode)
+        image = Image.fromarray(grey_ramp().astype(np.uint8)).convert("RGB").convert(mode)
     # PNG has no CMYK, and Pillow 12.3 cannot read the YCbCr TIFFs that it writes.
     ending = {"CMYK": "tif", "YCbCr": "jpg"}.get(mode, "png")
     path = tmp_path / f"picture.{ending}"
@@ -171,6 +175,99 @@ def test_16_bits_are_scaled_to_8(tmp_path):
     Image.fromarray(grey_ramp().astype(np.uint16) * 257).save(path)
     x = np.asarray(to_rgb(Image.open(path))).astype(int)
     assert np.abs(x - grey_ramp()[..., None]).max() == 0
+
+
+def tiff(pixels, bits=16, **tags):
+    """The bytes of a grey TIFF file of whole numbers (H,W). tags: {t<number>: a whole number}."""
+    height, width = pixels.shape
+    if bits == 12:
+        packed = "".join(f"{number:012b}" for number in pixels.flat)
+        data = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    else:
+        data = pixels.astype(f"<i{bits // 8}").tobytes()
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 277: 1, 278: height}
+    entries |= {279: len(data)} | {int(name[1:]): value for name, value in tags.items()}
+    entries[273] = 8 + 2 + 12 * (len(entries) + 1) + 4
+    file = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    for number, value in sorted(entries.items()):
+        file += struct.pack("<HHII", number, 4, 1, value)
+    return file + bytes(4) + data
+
+
+# {kind: a file whose greys are grey_ramp()}
+DEEP_GREYS = {
+    "12 bits, packed": (lambda: tiff(grey_ramp() * 4095 // 255, 12)),
+    "12 of 16 bits, stated": (lambda: tiff(grey_ramp() * 4095 // 255, t281=4095)),
+    "16 bits": (lambda: tiff(grey_ramp() * 257)),
+    "16 bits, the largest number stated": (lambda: tiff(grey_ramp() * 257, t281=65535 - 257)),
+    "16 bits, white is 0": (lambda: tiff(65535 - grey_ramp() * 257, t262=0)),
+    "32 bits, stated": (lambda: tiff(grey_ramp() * 257, 32, t281=65535)),
+    "PGM up to 4095": (
+        lambda: b"P5 256 32 4095\n" + (grey_ramp() * 4095 // 255).astype(">u2").tobytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_GREYS)
+def test_deep_greys_have_the_range_that_their_file_tells(kind, tmp_path):
+    path = tmp_path / "grey.tif"
+    path.write_bytes(DEEP_GREYS[kind]())
+    assert examine_picture(path)[1] == (256, 32)
+    with open_picture(path) as image:
+        x = np.asarray(to_rgb(image))
+    assert np.array_equal(x, np.repeat(grey_ramp()[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("I", r"whole numbers of 32 bits \(mode I\), whose range is not known; save it"),
+        ("signed", r"whole numbers of 16 bits \(mode I\), whose range is not known; save it"),
+        ("F", r"floating-point numbers \(mode F\), whose range is not known; save it"),
+    ],
+)
+def test_greys_of_unknown_range_are_refused(kind, words, tmp_path):
+    """They came out black: 255 of 65535 is next to nothing."""
+    path = tmp_path / "a" / "grey.tif"
+    path.parent.mkdir()
+    path.write_bytes(tiff(grey_ramp(), 32 if kind == "I" else 16, t339=2))
+    if kind == "F":
+        Image.fromarray((grey_ramp() / 255).astype(np.float32)).save(path)
+    with pytest.raises(UserError, match=f"a/grey.tif': its pixels are {words}"):
+        ImageSet(tmp_path)
+    with pytest.raises(UserError, match=f"grey.tif': its pixels are {words}"):
+        load_image(path, 32)
+
+
+def png_with_16_bits(pixels):
+    """The bytes of a PNG file of whole numbers (H,W,3), which Pillow cannot write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    file = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(data)) + kind + data
+        file += struct.pack(">I", zlib.crc32(kind + data))
+    return file
+
+
+@pytest.mark.parametrize("form", ["grey TIFF", "colour PNG"])
+def test_sets_of_12_bits_in_16_are_refused(form, tmp_path, monkeypatch):
+    """Nothing in such a file tells its range. One brighter picture in the set does."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, pixels):
+        data = tiff(pixels) if form == "grey TIFF" else png_with_16_bits(np.stack([pixels] * 3, 2))
+        (tmp_path / "p" / name).write_bytes(data)
+
+    (tmp_path / "p").mkdir()
+    write("0.tif", grey_ramp() * 4095 // 255)
+    with pytest.raises(UserError, match=r"reach only \d+ of 65535, as numbers of 12 bits do"):
+        ImageSet("p")
+    write("1.tif", grey_ramp() * 257)
+    assert len(ImageSet("p")) == 2
+    write("2.tif", grey_ramp())
+    assert len(ImageSet("p")) == 3
 
 
 def test_uint8_and_back():
