@@ -63,7 +63,7 @@ from common.processes import (
     sync_gradients,
     world,
 )
-from common.published import NO_STATISTICS, SIT_FORMATS
+from common.published import LDM_SOURCE, NO_STATISTICS, SIT_FORMATS
 from common.runs import (
     RunLog,
     Saver,
@@ -336,16 +336,7 @@ def measure_statistics(vae, folder):
     and kept in the cache, folder/statistics.json."""
     path = os.path.join(folder, "statistics.json")
     if rank() == 0 and not os.path.exists(path):
-        latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
-        count = min(len(latents), STATISTICS_COUNT)
-        total = np.zeros(vae.channels)
-        total_of_squares = np.zeros(vae.channels)
-        for i in np.linspace(0, len(latents) - 1, count).astype(int):
-            mean, std = latents[i, 0].astype(np.float64)  # (C,h,w) each, of the picture itself
-            total += mean.mean((1, 2))
-            total_of_squares += (mean**2 + std**2).mean((1, 2))
-        mean = total / count
-        std = np.sqrt(np.maximum(total_of_squares / count - mean**2, 1e-12))
+        mean, std, count = cached_statistics(folder, STATISTICS_COUNT)
         write_json(path, dict(mean=mean.tolist(), std=std.tolist(), pictures=count))
     barrier()
     with reading(path, "statistics of latents; remove it"), open(path) as file:
@@ -356,6 +347,37 @@ def measure_statistics(vae, folder):
         f"{statistics['pictures']} pictures, std {vae.latent_std.min():.3g} to "
         f"{vae.latent_std.max():.3g}; kept in {path} and in the SiT's file"
     )
+
+
+def cached_statistics(folder, largest_count):
+    """Mean and std, each float64 (C,), of samples of the posterior over the cached latents of up to
+    `largest_count` pictures, evenly spaced; and the number of these."""
+    latents = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+    count = min(len(latents), largest_count)
+    total = 0
+    total_of_squares = 0
+    for i in np.linspace(0, len(latents) - 1, count).astype(int):
+        mean, std = latents[i, 0].astype(np.float64)  # (C,h,w) each, of the picture itself
+        total = total + mean.mean((1, 2))
+        total_of_squares = total_of_squares + (mean**2 + std**2).mean((1, 2))
+    mean = total / count
+    std = np.sqrt(np.maximum(total_of_squares / count - mean**2, 1e-12))
+    return mean, std, count
+
+
+def say_if_far_from_one(vae, folder):
+    """Says whether LDM's scale factor, which is assumed of a VAE without statistics, leaves latents
+    with a std below 0.5 or above 2 in some channel."""
+    if rank() != 0:
+        return
+    _, std, count = cached_statistics(folder, 1000)
+    std = std / vae.latent_std.double().cpu().numpy()
+    if std.min() < 0.5 or std.max() > 2:
+        say(
+            f"note: {vae.info['path']} has no statistics of its latents, and {LDM_SOURCE} leaves "
+            f"them with a std of {std.min():.3g} to {std.max():.3g} over {count} pictures, where "
+            "a SiT wants 1; a file beside it says otherwise, see docs/weights.md"
+        )
 
 
 def encode_block(vae, x, device, precision):
@@ -604,6 +626,8 @@ def load_latents(vae, data, args, device, precision):
     folder = cache_latents(vae, data, args, device, precision)
     if vae.info.get("latent_statistics") == NO_STATISTICS:
         measure_statistics(vae, folder)
+    elif vae.info.get("latent_statistics") == LDM_SOURCE:
+        say_if_far_from_one(vae, folder)
     return LatentCache(folder)
 
 

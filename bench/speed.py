@@ -16,6 +16,7 @@ the same however it is computed. In bf16, weights, optimiser and EMA stay fp32.
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -488,6 +489,10 @@ def vae_rows(quick):
         text = f"VAE {spec} step, {size} px, batch 2"
         every_term = Row(vae_training, (spec, 2, size, TERMS), f"{text}, all losses", True)
         found[f"vae-{spec}"] = every_term
+        if not quick:
+            in_bf16 = functools.partial(vae_training, autocast_losses=True)
+            words = f"{text}, all losses, --autocast-losses"
+            found[f"vae-{spec}-autocast"] = Row(in_bf16, (spec, 2, size, TERMS), words, False)
         for term in [] if quick else TERMS:
             arguments = (spec, 2, size, (term,))
             found[f"vae-{spec}-{term}"] = Row(

@@ -301,7 +301,8 @@ def read_diffusers_config(path):
 # LDM divides latents by the std that it measured once for f8d4, and diffusers does so too where its
 # config.json gives no number.
 LDM_STD = 1 / 0.18215
-
+# What load_vae's info calls it.
+LDM_SOURCE = "LDM's scale factor 0.18215"
 
 # What load_vae's info calls statistics that a file does not have. train_sit.py then measures them.
 NO_STATISTICS = "none found: 0 and 1"
@@ -338,10 +339,9 @@ def latent_statistics(path, settings, spec):
         return Statistics(mean, 1 / settings["scaling_factor"], "config.json")
     other = f"a file {stem}-latents-stats.pt beside it with mean and std says otherwise"
     if spec == "f8d4":
-        source = "LDM's scale factor 0.18215"
         # diffusers takes this number where a config.json of its own has none.
-        assumed = None if settings else f"no latent statistics: {source} is assumed; {other}"
-        return Statistics(0.0, LDM_STD, source, assumed=assumed)
+        assumed = None if settings else f"no latent statistics: {LDM_SOURCE} is assumed; {other}"
+        return Statistics(0.0, LDM_STD, LDM_SOURCE, assumed=assumed)
     assumed = f"no latent statistics: train_sit.py measures them; {other}"
     return Statistics(0.0, 1.0, NO_STATISTICS, assumed=assumed)
 
@@ -552,7 +552,7 @@ def sit_latent_statistics(state):
     statistics = batch_norm_statistics(state)
     if statistics is None and state["x_embedder.proj.weight"].shape[1] == 4:
         # SiT and REPA use SD-VAE with LDM's constant.
-        statistics = Statistics(0.0, LDM_STD, "LDM's scale factor 0.18215")
+        statistics = Statistics(0.0, LDM_STD, LDM_SOURCE)
     return statistics
 
 

@@ -179,15 +179,20 @@ def test_vaes_of_sd3_and_flux(tmp_path, inside, pictures):
     assert_same_weights(load_vae(tmp_path / "trained").state_dict(), trained.state_dict())
 
 
+def export_without_statistics(vae, folder):
+    """As diffusers has a VAE whose config.json leaves the scaling factor to its default."""
+    weights.export_vae(vae, "diffusers", folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config))
+
+
 def test_diffusers_without_scaling_factor_means_its_default(tmp_path):
     """The config.json of the first releases, sd-vae-ft-mse's among them, does not have the entry;
     diffusers then takes LDM's factor."""
-    weights.export_vae(small_vae("f8d4"), "diffusers", tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        del config[key]
-    path.write_text(json.dumps(config))
+    export_without_statistics(small_vae("f8d4"), tmp_path)
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     vae = load_vae(tmp_path)
     z = torch.randn(1, 4, 2, 2)
@@ -974,6 +979,33 @@ def test_stage_2_measures_statistics_that_a_vae_lacks(pictures, inside, capsys):
     assert load_sit("runs/other").info["latent_std"] == [7] * 8
     kept.write_text("{")
     assert "statistics.json cannot be read" in refused(capsys, train_sit, *words, "--overwrite")
+
+
+@pytest.mark.parametrize("std, is_said", [(1.0, True), (1 / 0.18215, False)])
+def test_stage_2_says_where_ldm_s_scale_factor_does_not_fit(std, is_said, pictures, inside, capsys):
+    """An f8d4 VAE without statistics is taken for LDM's, whose latents have a std of 5.5. Others
+    are trained on at another scale than the noise's: here 0.18 of it."""
+    torch.manual_seed(0)
+    vae = models.VAE("f8d4", 32, 32, (1, 1, 1, 1), 1, groups=32)
+    data = ImageSet(pictures)
+    with torch.no_grad():
+        mean, _ = vae.encode(from_uint8(data.stack(np.arange(24), 32)))  # (24,4,4,4)
+        old_std, old_mean = torch.std_mean(mean, (0, 2, 3))
+        # Latents of mean 0 and this std, and next to no noise.
+        vae.quant_conv.weight[:4] *= (std / old_std)[:, None, None, None]
+        vae.quant_conv.bias[:4] -= old_mean
+        vae.quant_conv.bias[:4] *= std / old_std
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -20
+    export_without_statistics(vae, inside / "vae")
+    words = [*STAGE_2, "--data", pictures, "--depth", 1, "--width", 64, "--heads", 1]
+    script(train_sit, *words)
+    note = "leaves them with a std of 0.182 to 0.182 over 24 pictures"
+    assert (note in capsys.readouterr().out) == is_said
+    with open("runs/sit/metrics.jsonl") as file:
+        # The untrained SiT predicts zero, so the loss is the variance of noise and latents.
+        wanted = 1 + (0.18215 * std) ** 2
+        assert json.loads(file.readline())["flow"] == pytest.approx(wanted, abs=0.3)
 
 
 def test_stage_2_starts_from_a_published_sit_of_other_classes(pictures, inside, capsys):

@@ -1,18 +1,24 @@
 """The details of the published recipe, each beside ours: vision models' names and final norms, the
-mapper, LPIPS, precision, clipping, learning rates, mirror images, the EMA's warm-up; and that runs
-of versions that knew no such choice resume as they were or are refused."""
+mapper, LPIPS, precision, clipping, learning rates, mirror images, the EMA's warm-up; that runs of
+versions that knew no such choice resume as they were or are refused; and that bench/recipe.py,
+which measures what the details move, plans and reports rightly."""
 
 import argparse
+import json
 import math
+import os
 import re
+import shlex
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from scipy import stats
 
 import models
 import train_vae
+from bench import recipe
 from bench.speed import write_random_lpips
 from common.flags import settings_of
 from common.runs import list_checkpoints, load_checkpoint
@@ -370,3 +376,129 @@ def test_what_older_versions_did():
     # A CNN has no final norm.
     args = argparse.Namespace(vfm_norm=None)
     assert "vfm_norm" not in settings_of(dict(vfm="test_resnet", vfm_stride=16), args)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the details move: bench/recipe.py
+
+
+def planned(*words):
+    """{name of a run: its train_vae.py arguments as a dict}, and the jobs."""
+    jobs = recipe.plan(recipe.parse_arguments(["--vfm-weights", "w.safetensors", *words]))
+    found = {}
+    for name, job in jobs.items():
+        [command] = job.commands
+        script_name, *flags = shlex.split(command.words)
+        assert script_name == "train_vae.py"
+        args = train_vae.parse_arguments(flags)
+        train_vae.check_arguments(args)
+        found[name] = vars(args)
+        assert command.product == f"{args.out}/checkpoints/{args.steps:09d}.pt"
+    return found, jobs
+
+
+def test_every_run_differs_from_its_reference_in_one_flag():
+    arguments, jobs = planned()
+    names = list(jobs)
+    assert names[0] == "base"
+    assert sum(name.startswith("default-") for name in names) == 3
+    differing = set()
+    for name, job in jobs.items():
+        assert all(names.index(before) < names.index(name) for before in job.after)
+        if name == "base":
+            continue
+        variant, seed = name.rsplit("-", 1)
+        assert arguments[name]["seed"] == int(seed)
+        reference = arguments[f"{recipe.RECIPES[variant].reference}-{seed}"]
+        differ = {key for key in reference if reference[key] != arguments[name][key]} - {"out"}
+        if recipe.RECIPES[variant].reference == variant:
+            assert not differ
+        else:
+            [flag] = differ
+            differing.add(flag)
+    assert differing == {
+        "mapper_norm",
+        "flip",
+        "clip_together",
+        "mapper_init",
+        "ema_warmup",
+        "autocast_losses",
+        "disc_lr",
+        "init_disc",
+    }
+    assert "gan-0" in jobs["init-disc-1"].after
+
+
+def test_a_chosen_recipe_comes_with_what_it_is_compared_with():
+    _, jobs = planned("--only", "disc-lr", "--seeds", "2", "--variant-seeds", "1")
+    assert list(jobs) == ["base", "gan-0", "disc-lr-0", "gan-1"]
+
+
+def plant_run(name, psnr, align, is_finished=True):
+    folder = f"{recipe.OUT}/{name}"
+    os.makedirs(f"{folder}/checkpoints")
+    lines = [
+        dict(step=50, recon=0.5, align=0.9),
+        # The measure of an earlier save does not count.
+        dict(step=100, val_psnr=1.0, val_align=1.0),
+        dict(step=400, val_psnr=psnr, val_align=align),
+    ]
+    with open(f"{folder}/metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    if is_finished:
+        open(f"{folder}/checkpoints/{recipe.TUNING_STEPS:09d}.pt", "w").close()
+
+
+def test_the_report_of_planted_runs(inside, capsys):
+    default = [28.0, 28.3, 28.4]
+    variant = [27.1, 27.0]
+    for seed, psnr in enumerate(default):
+        plant_run(f"default-{seed}", psnr, 0.5)
+    for seed, psnr in enumerate(variant):
+        plant_run(f"no-flip-{seed}", psnr, 0.25)
+    plant_run("no-flip-2", 99.0, 0.5, is_finished=False)
+    recipe.report(recipe.OUT)
+    [heading, _, first, second] = capsys.readouterr().out.strip().splitlines()
+    assert heading.count("|") == first.count("|") == second.count("|")
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == [
+        "`default`",
+        "",
+        "3",
+        "28.233",
+        "seeds 28.000 to 28.400",
+        "0.5000",
+        "seeds 0.5000 to 0.5000",
+    ]
+    # Of two groups, the interval is that of the t test for equal variances.
+    low, high = stats.ttest_ind(variant, default).confidence_interval(0.95)
+    assert [cell.strip() for cell in second.split("|")[1:-1]] == [
+        "`no-flip`",
+        "`--no-flip`",
+        "2",
+        "27.050",
+        f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}",
+        "0.2500",
+        "-0.2500 ± 0.0000",
+    ]
+
+
+def test_the_spread_is_that_of_all_seeds_around_their_own_means():
+    spread, freedom = recipe.pooled_spread([[1.0, 3.0], [10.0, 10.0, 13.0], [5.0]])
+    assert freedom == 3
+    assert spread == pytest.approx(math.sqrt((1 + 1 + 1 + 1 + 4) / 3))
+    assert recipe.pooled_spread([[1.0], [2.0]])[1] == 0
+
+
+def test_gradients_are_compared_as_vectors():
+    images = torch.rand(2, 3, 4, 4)
+    gradient = recipe.gradient(lambda images: images.square().sum(), images)
+    assert torch.allclose(gradient, 2 * images)
+    assert recipe.compare(1.5 * gradient, gradient) == pytest.approx((0.5, 1.0))
+    assert recipe.compare(-gradient, gradient) == pytest.approx((2.0, -1.0))
+    # A bf16 product keeps 8 bits.
+    weight = torch.randn(4, 4)
+    exact = recipe.gradient(lambda x: (x @ weight).square().sum(), images)
+    rounded = recipe.gradient(recipe.under_autocast(lambda x: (x @ weight).square().sum()), images)
+    relative, cosine = recipe.compare(rounded, exact)
+    assert 1e-4 < relative < 2e-2
+    assert 0.999 < cosine < 1
