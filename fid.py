@@ -1128,16 +1128,21 @@ class Interpolations:
                 yield index, self.decode(rows)
 
     def save_picture(self, path, columns=8):
-        """Write a PNG of originals, reconstructions, interpolations and neighbours: four rows."""
+        """Write a PNG of originals, reconstructions, interpolations and neighbours: four rows. The
+        pictures are evenly spaced, since folders are sorted by class."""
         device = self.training.device
         training = self.training.pictures
-        first = np.arange(min(columns, self.held_out.count))
-        originals = self.held_out.stack(first, self.held_out.size).to(device)
+        count = self.held_out.count
+        columns = min(columns, count)
         # An .npz reads consecutive pictures only.
-        chosen = self.neighbours[: len(first), None]
+        shown = np.arange(columns)[:, None] * count // columns
+        originals = torch.cat([self.held_out.stack(i, self.held_out.size) for i in shown])
+        chosen = self.neighbours[shown]
         neighbours = torch.cat([training.stack(i, training.size) for i in chosen]).to(device)
-        middle = slerp_half(self.rows[: len(first)], self.encode(neighbours))
-        reconstructed = self.decode(self.rows[: len(first)])
+        rows = self.rows[shown[:, 0]]
+        middle = slerp_half(rows, self.encode(neighbours))
+        reconstructed = self.decode(rows)
+        originals = originals.to(device)
         save_grid(path, [originals, reconstructed, self.decode(middle), neighbours])
 
 

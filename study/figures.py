@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import UserError, writing
+from common.processes import say
 
 DOTS_PER_INCH = 100
 LATENT_PANEL_INCHES = (6.4, 5.6)
@@ -21,6 +22,16 @@ def figure_class():
             "with `pip install -r study/requirements.txt`"
         ) from None
     return Figure
+
+
+def is_available():
+    """Whether figures can be drawn; says so if not."""
+    try:
+        figure_class()
+    except UserError as error:
+        say(f"note: {error}; no figure is drawn")
+        return False
+    return True
 
 
 def new_chart(title, x_label):
@@ -177,6 +188,68 @@ def draw_latents(path, panels, classes):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(figure, path)
+
+
+# Of draw_card's figure.
+CARD_INCHES = 10.0
+STRIP_INCHES = 0.42
+CARD_COLOURS = ("crimson", "navy", "darkorange", "teal", "purple", "black")
+
+
+def draw_card(path, strips, pictures):
+    """Draws a strip for each measure, better to the right: a dot for each VAE of the scale, the
+    darker the smaller its distance, and a triangle for each VAE of the card. Below are pictures.
+
+    strips: list of (title, whether higher is better, {VAE: value}, list of (value, distance) of the
+    scale's VAEs). pictures: {VAE: path of a PNG}
+    """
+    heights = [STRIP_INCHES] * len(strips)
+    drawn = {vae: Image.open(file) for vae, file in pictures.items()}
+    width = CARD_INCHES / len(drawn)
+    heights.append(0.5 + max(width * im.height / im.width for im in drawn.values()))
+    figure = figure_class()(
+        figsize=(CARD_INCHES, sum(heights) + 0.3), dpi=DOTS_PER_INCH, layout="constrained"
+    )
+    grid = figure.add_gridspec(len(heights), len(drawn), height_ratios=heights)
+    for row, strip in enumerate(strips):
+        draw_strip(figure.add_subplot(grid[row, :]), *strip)
+    for column, (vae, picture) in enumerate(drawn.items()):
+        axes = figure.add_subplot(grid[len(strips), column])
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(
+            f"{vae}: originals, reconstructions,\ninterpolations, neighbours", fontsize=8
+        )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def draw_strip(axes, title, higher_is_better, own, others):
+    """A strip of draw_card."""
+    if others:
+        values, distances = zip(*others, strict=True)
+        axes.scatter(
+            values,
+            [0] * len(values),
+            40,
+            distances,
+            cmap="viridis",
+            alpha=0.8,
+            linewidths=0,
+            label="VAEs of the study (dark: samples close to real ones)",
+        )
+    for number, (vae, value) in enumerate(own.items()):
+        colour = CARD_COLOURS[number % len(CARD_COLOURS)]
+        axes.plot([value], [0.5], "v", color=colour, markersize=8, label=vae)
+    axes.set_ylim(-0.5, 1)
+    axes.set_yticks([])
+    axes.margins(x=0.05)
+    if not higher_is_better:
+        axes.invert_xaxis()
+    axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    axes.tick_params(labelsize=7, length=2, pad=1)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def stack_pictures(paths, path):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.files import UserError, read_weights, state_hash, write_json, writing
+from common.files import UserError, read_weights, reading, state_hash, write_json, writing
 from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches, save_grid, to_uint8
 from common.processes import processor_seconds, run_main, say, setup
 from common.weights import load_vae
@@ -31,6 +31,8 @@ import fid
 from study import figures
 
 CPU = torch.device("cpu")
+# Of the classifier's training on few pictures.
+MIN_STEPS = 400
 
 # --------------------------------------------------------------------------------------------------
 # The classifier
@@ -66,19 +68,21 @@ class Classifier(nn.Module):
         return self.head(features), features
 
 
-def train_classifier(args):
-    """Trains the classifier for two epochs on train/, mirrored and shifted by up to 4 pixels, and
-    writes it, with its accuracy on test/, to args.out."""
-    data = ImageSet(os.path.join(args.data, "train"))
-    test = fid.Pictures(os.path.join(args.data, "test"), size=args.size)
-    torch.manual_seed(args.seed)
+def train_classifier(data, held_out, size, path, workers, seed=0):
+    """Trains the classifier on an ImageSet for two epochs, or MIN_STEPS if these are more, on
+    pictures mirrored and shifted by up to 4 pixels, and writes it to `path`, with its accuracy on
+    the folder of held-out pictures.
+
+    size: of the pictures, in pixels. workers: loader processes."""
+    test = fid.Pictures(held_out, size=size)
+    torch.manual_seed(seed)
     net = Classifier(len(data.classes))
     batch_size = 128
-    steps = 2 * len(data) // batch_size
+    steps = max(MIN_STEPS, 2 * len(data) // batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    batches = TrainingBatches(data, batch_size, args.seed, args.size)
-    for step, batch in enumerate(load_batches(batches, range(steps), args.workers, CPU)):
+    batches = TrainingBatches(data, batch_size, seed, size)
+    for step, batch in enumerate(load_batches(batches, range(steps), workers, CPU)):
         logits, _ = net(shifted(batch["image"], 4))
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=0.1)
         optimizer.zero_grad()
@@ -89,8 +93,8 @@ def train_classifier(args):
             say(f"classifier: step {step} of {steps}, loss {loss.item():.3f}")
     net.eval()
     share = accuracy(net, test)
-    say(f"classifier: {share:.1%} of the {test.count} test pictures are classified correctly")
-    with writing(args.out) as file:
+    say(f"classifier: {share:.1%} of the {test.count} held-out pictures are classified correctly")
+    with writing(path) as file:
         torch.save(dict(net.state_dict(), accuracy=torch.tensor(share)), file)
 
 
@@ -114,10 +118,12 @@ def accuracy(net, pictures):
 
 
 def load_classifier(path):
-    state = read_weights(path)[0]
-    state.pop("accuracy")
-    net = Classifier(len(state["head.bias"])).eval()
-    net.load_state_dict(state)
+    """The classifier in a file of train_classifier's. Raises UserError for another file."""
+    with reading(path, "a classifier of `python -m study.judge classifier`"):
+        state = read_weights(path)[0]
+        state.pop("accuracy", None)
+        net = Classifier(len(state["head.bias"])).eval()
+        net.load_state_dict(state)
     return net
 
 
@@ -411,7 +417,9 @@ def main():
     if args.subject != "classifier" and not args.paths:
         raise UserError(f"python -m study.judge {args.subject}: name the files or folders to judge")
     if args.subject == "classifier":
-        train_classifier(args)
+        data = ImageSet(os.path.join(args.data, "train"))
+        held_out = os.path.join(args.data, "test")
+        train_classifier(data, held_out, args.size, args.out, args.workers, args.seed)
     elif args.subject == "samples":
         judge_samples(args)
     elif args.subject == "latents":
