@@ -31,6 +31,9 @@ from study import figures, judge, measures, scale
 from study.attributes import CLASSES
 
 CLASSIFIER = os.path.join(os.path.dirname(__file__), "classifier.safetensors")
+# Test pictures at this distance from the study's are the same: as far as JPEG of quality 95 moves
+# them. The smallest floor is 0.24.
+SAME_PICTURES = 0.005
 # Larger pictures are reduced to so many pixels for a classifier.
 CLASSIFIER_SIDE = 64
 
@@ -106,10 +109,12 @@ class ClassifierFeatures(nn.Module):
     def __init__(self, classifier):
         super().__init__()
         self.classifier = classifier
+        self.reference = classifier.reference
         self.dims = {"pool": classifier.head.in_features}
         self.about = {
             "name": "classifier",
             "weights": state_hash(classifier.state_dict()),
+            "trained": classifier.trained,
             "published": False,
             "resize": f"area, to {CLASSIFIER_SIDE} pixels if larger",
         }
@@ -173,19 +178,40 @@ def size_of(args, vaes):
 # The scale
 
 
+def difference_of_pictures(found, bench):
+    """Why the held-out pictures are not those of the study's Scale, or "".
+
+    The study's files are JPEG. Other files with nearly the same pixels do as well, which their
+    features show; those of all pictures are compared, in any order."""
+    if bench.held_out.set.fingerprint == found.data:
+        return ""
+    reference = getattr(bench.network, "reference", None)
+    if reference is None or bench.classes != CLASSES:
+        return "the pictures are not those of the study"
+    pictures = fid.Pictures(bench.held_out.path, None, bench.held_out.size)
+    got = fid.cached_statistics(bench.network, pictures, 0, bench.args.workers)
+    distance = fid.frechet_distance(got["mu"].cpu(), got["sigma"].cpu(), *reference)
+    if distance <= SAME_PICTURES:
+        return ""
+    return (
+        f"the test pictures are at distance {distance:.2g} from the study's, which are CIFAR-10 as "
+        "JPEG of quality 75 (docs/probing.md says how to make them)"
+    )
+
+
 def reasons_against(found, bench):
-    """Why the study's Scale does not apply to what was measured: a list of texts, empty if it
-    does."""
-    reasons = []
-    if bench.held_out.set.fingerprint != found.data:
-        reasons.append("the pictures are not those of the study")
-    if bench.network.about["weights"] != found.classifier:
+    """Why the study's Scale, or None, does not apply to what was measured: a list of texts, empty
+    if it does."""
+    if found is None:
+        return [f"there is no {scale.PATH}; `python -m study.run --report` writes it"]
+    reasons = [difference_of_pictures(found, bench)]
+    if bench.network.about.get("trained") != found.classifier:
         reasons.append("the features are not those of the study's classifier")
     for name, number in bench.settings.items():
         expected = found.settings.get(name, number)
         if number != expected:
-            reasons.append(f"{name} is {number} where the study has {expected}")
-    return reasons
+            reasons.append(f"{name} is {number}, where the study has {expected}")
+    return [reason for reason in reasons if reason]
 
 
 def verdicts(found, vae, values):

@@ -44,7 +44,9 @@ class Scale(NamedTuple):
 
 
 def read_scale(path):
-    """The Scale in a file. Raises UserError if it cannot be read."""
+    """The Scale in a file, or None if there is no such file. Raises UserError if it is damaged."""
+    if not os.path.exists(path):
+        return None
     with reading(path, "the study's scale"), open(path) as file:
         content = json.load(file)
         return Scale(

@@ -13,15 +13,16 @@ from conftest import refused, script
 from PIL import Image
 from scipy import stats
 
-from common.files import state_hash, write_weights
+from common.files import UserError, state_hash, write_weights
 from common.pictures import ImageSet, from_uint8, to_uint8
 from common.weights import load_vae
 import fid
 from models import VAE
-from study import attributes, card, judge, scale
+from study import attributes, card, judge, measures, scale
 from study.scale import Scale
 
 CARD = types.SimpleNamespace(__name__="study.card", main=card.main)
+JUDGE = types.SimpleNamespace(__name__="study.judge", main=judge.main)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,6 +97,16 @@ def test_a_value_beyond_the_scale_is_named(planted):
     assert scale.predict(planted, values, "distance 2000").outside == ("class probe",)
 
 
+def test_a_damaged_scale_is_refused_and_a_missing_one_is_said(inside):
+    assert scale.read_scale("scale.json") is None
+    (reason,) = card.reasons_against(None, None)
+    assert "python -m study.run --report" in reason
+    with open("scale.json", "w") as file:
+        file.write('{"data": 1}')
+    with pytest.raises(UserError, match="cannot be read as the study's scale"):
+        scale.read_scale("scale.json")
+
+
 def test_no_prediction_from_few_vaes(planted):
     few = planted._replace(vaes=dict(list(planted.vaes.items())[:7]))
     assert scale.predict(few, {"gini": 0.3}, "distance 2000") is None
@@ -129,14 +140,14 @@ def test_the_interval_holds_for_new_vaes():
     nothing."""
     rng = np.random.default_rng(0)
     inside = 0
-    for _ in range(40):
-        x = rng.normal(size=(21, 4))
-        y = x[:, 0] + rng.normal(size=21)
-        rows = [dict(zip("abcd", row, strict=True)) for row in x]
-        vaes = {f"v{k}": {**rows[k], "distance 1": y[k]} for k in range(20)}
-        found = scale.predict(Scale("", "", {}, vaes), rows[20], "distance 1")
-        inside += found.low <= y[20] <= found.high
-    assert 32 <= inside < 40
+    for _ in range(30):
+        x = rng.normal(size=(15, 3))
+        y = x[:, 0] + rng.normal(size=15)
+        rows = [dict(zip("abc", row, strict=True)) for row in x]
+        vaes = {f"v{k}": {**rows[k], "distance 1": y[k]} for k in range(14)}
+        found = scale.predict(Scale("", "", {}, vaes), rows[14], "distance 1")
+        inside += found.low <= y[14] <= found.high
+    assert 24 <= inside < 30
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,7 +178,12 @@ def draw_classes(folder, names, count, side=32):
 
 def write_classifier(path, classes):
     torch.manual_seed(0)
-    net = judge.Classifier(classes).eval()
+    net = judge.Classifier(classes)
+    # Its batch norms see some pictures, so that its features are not tiny.
+    with torch.no_grad():
+        for _ in range(30):
+            net(torch.randint(0, 256, (4, 3, 16, 16)))
+    net.eval()
     torch.save(net.state_dict(), path)
     return state_hash(net.state_dict())
 
@@ -181,9 +197,17 @@ def run(*words):
     script(CARD, "--workers", 0, "--device", "cpu", *words)
 
 
+def write_scale(found):
+    with open("scale.json", "w") as file:
+        json.dump(found._asdict(), file)
+
+
 @pytest.fixture
-def own(vae):
-    """Data of two classes of our own, of 24 and 6 pictures each, and a classifier."""
+def own(vae, planted, monkeypatch):
+    """Data of two classes of our own, of 24 and 6 pictures each, a classifier, and a scale of other
+    pictures."""
+    monkeypatch.setattr(scale, "PATH", "scale.json")
+    write_scale(planted)
     draw_classes("data/train", "ab", 24, 40)
     draw_classes("data/val", "ab", 6, 40)
     write_classifier("classifier.pt", 2)
@@ -208,6 +232,10 @@ def test_two_vaes_on_one_s_own_data_and_no_scale(own, capsys):
     with Image.open("runs/card/card.png") as picture:
         assert picture.width > 500
     check_reconstructions(ours["measures"])
+    sets = [fid.Pictures(f"data/{part}", None, 32) for part in ("val", "train")]
+    classifier = judge.load_classifier("classifier.pt")
+    study_s = judge.measure_ifid(load_vae("vaes/vae"), classifier, *sets)
+    assert ours["measures"]["ifid"] == pytest.approx(study_s["ifid"], rel=1e-3)
 
 
 def check_reconstructions(values):
@@ -235,8 +263,7 @@ def test_beside_the_scale(vae, planted, capsys, monkeypatch):
     found = planted._replace(
         data=ImageSet("data/test").fingerprint, classifier=write_classifier("classifier.pt", 10)
     )
-    with open("scale.json", "w") as file:
-        json.dump(found._asdict(), file)
+    write_scale(found)
     run("--vae", "vaes/vae", "--data", "data")
     printed = capsys.readouterr().out
     result = read_card()
@@ -251,10 +278,35 @@ def test_beside_the_scale(vae, planted, capsys, monkeypatch):
     assert f"predicted distance at SiT step 2000: {expected.value:.1f}" in printed
     assert "no promise for other data" in printed
 
-    # With one picture less it is another set.
-    os.remove("data/test/cat/00.png")
-    run("--vae", "vaes/vae", "--data", "data")
-    assert read_card()["no scale because"] == ["the pictures are not those of the study"]
+
+def test_the_study_s_pictures_are_recognised_in_other_files(vae, planted, monkeypatch):
+    """By the features of the same pixels, in any order; with another picture it is another set."""
+    draw_classes("data/train", attributes.CLASSES, 1)
+    draw_classes("data/test", attributes.CLASSES, 2)
+    trained = write_classifier("classifier.pt", 10)
+    words = ["ship", "classifier.pt", "--data", "data", "--out", "shipped.safetensors"]
+    script(JUDGE, *words)
+    monkeypatch.setattr(card, "CLASSIFIER", "shipped.safetensors")
+    found = planted._replace(data=ImageSet("data/test").fingerprint, classifier=trained)
+
+    def reasons():
+        args = card.parse_arguments(["--vae", "vaes/vae", "--data", "data", "--workers", "0"])
+        network = card.feature_network(args, 32)
+        return card.reasons_against(found, measures.Bench(args, network, 32, torch.device("cpu")))
+
+    assert reasons() == []
+    for name in attributes.CLASSES:
+        with Image.open(f"data/test/{name}/00.png") as picture:
+            picture.save(f"data/test/{name}/99.bmp")
+        os.remove(f"data/test/{name}/00.png")
+    assert ImageSet("data/test").fingerprint != found.data
+    assert reasons() == []
+    Image.new("RGB", (32, 32), "white").save("data/test/cat/99.bmp")
+    (reason,) = reasons()
+    assert "the test pictures are at distance" in reason
+    found = found._replace(classifier="another", settings={"size": 64})
+    assert "the features are not those of the study's classifier" in reasons()
+    assert "size is 32, where the study has 64" in reasons()
 
 
 def test_a_classifier_is_trained_on_one_s_own_classes_once(own, monkeypatch, capsys):
@@ -267,9 +319,10 @@ def test_a_classifier_is_trained_on_one_s_own_classes_once(own, monkeypatch, cap
     assert first.about == second.about
 
 
-def test_large_pictures_are_reduced_for_the_classifier():
+def test_large_pictures_are_reduced_for_the_classifier(inside):
     torch.manual_seed(0)
-    net = card.ClassifierFeatures(judge.Classifier(2).eval())
+    write_classifier("classifier.pt", 2)
+    net = card.ClassifierFeatures(judge.load_classifier("classifier.pt"))
     small = torch.randint(0, 256, (2, 3, 64, 64)).to(torch.uint8)
     large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(net(large)["pool"], net(small)["pool"])
@@ -282,6 +335,30 @@ def test_the_latents_of_another_side_get_no_prediction(planted):
     assert card.verdicts(found, net, values) == {}
     net.latent_size = 8
     assert list(card.verdicts(found, net, values)) == ["distance 2000"]
+
+
+def test_the_shipped_form_of_a_classifier_has_its_features(vae):
+    """fp16's rounding moves a distance by less than 1%, and the hash tells what it was."""
+    draw_classes("data/test", "ab", 12)
+    trained = write_classifier("classifier.pt", 2)
+    words = ["ship", "classifier.pt", "--data", "data", "--out", "shipped.safetensors"]
+    script(JUDGE, *words)
+    first = judge.load_classifier("classifier.pt")
+    shipped = judge.load_classifier("shipped.safetensors")
+    assert shipped.trained == first.trained == trained
+    assert state_hash(shipped.state_dict()) != trained
+    data = ImageSet("data/test")
+    images = data.stack(range(len(data)), 32)
+    half = images[:12]
+    distances = [
+        judge.feature_distance(*(judge.pooled_features(net, [x]) for x in (half, images)))
+        for net in (first, shipped)
+    ]
+    assert distances[0] > 0
+    assert distances[1] == pytest.approx(distances[0], rel=0.01)
+    mean, covariance = judge.mean_and_covariance(judge.pooled_features(first, [images]))
+    torch.testing.assert_close(shipped.reference[0].double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shipped.reference[1].double(), covariance, rtol=1e-3, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
