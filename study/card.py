@@ -127,7 +127,7 @@ class ClassifierFeatures(nn.Module):
         return {"pool": self.classifier(images)[1]}
 
 
-def feature_network(args, size):
+def feature_network(args, bench):
     """The network of --features or --classifier; without either the study's classifier for pictures
     of CIFAR-10's classes, and for others one that is trained on them and kept under runs/cache.
     Raises UserError if they are of one class."""
@@ -135,28 +135,28 @@ def feature_network(args, size):
         return fid.Inception(args.features_weights)
     if args.features:
         return fid.TimmFeatures(args.features, args.features_weights)
-    train, held_out = measures.splits(args.data)
     path = args.classifier
-    if path is None:
-        pictures = judge.ImageSet(train)
+    if path is None and bench.classes == CLASSES:
         path = CLASSIFIER
-        if pictures.classes != CLASSES:
-            path = trained_classifier(args, pictures, held_out, min(size, CLASSIFIER_SIDE))
+    if path is None:
+        path = trained_classifier(bench)
     return ClassifierFeatures(judge.load_classifier(path))
 
 
-def trained_classifier(args, pictures, held_out, size):
-    """-> the file of a classifier of the training pictures, an ImageSet, which is trained if it is
-    not there yet."""
-    if len(pictures.classes) < 2:
+def trained_classifier(bench):
+    """-> the file of a classifier of the training pictures, which is trained if it is not there
+    yet."""
+    pictures = bench.training.set
+    if len(bench.classes) < 2:
         raise UserError(
-            f"{pictures.root} has one class, which no classifier can be trained on; name another "
-            "network for the distances with --features, such as inception"
+            f"{bench.training.path} has one class, which no classifier can be trained on; name "
+            "another network for the distances with --features, such as inception"
         )
+    size = min(bench.training.size, CLASSIFIER_SIDE)
     path = os.path.join("runs", "cache", f"classifier-{size}-{pictures.fingerprint[:12]}.pt")
     if not os.path.exists(path):
-        say(f"training  a classifier on {pictures.root}, kept as {path}")
-        judge.train_classifier(pictures, held_out, size, path, args.workers)
+        say(f"training  a classifier on {bench.training.path}, kept as {path}")
+        judge.train_classifier(pictures, bench.held_out.path, size, path, bench.args.workers)
     return path
 
 
@@ -203,7 +203,7 @@ def reasons_against(found, bench):
     """Why the study's Scale, or None, does not apply to what was measured: a list of texts, empty
     if it does."""
     if found is None:
-        return [f"there is no {scale.PATH}; `python -m study.run --report` writes it"]
+        return ["there is no study/scale.json; `python -m study.run --report` writes it"]
     reasons = [difference_of_pictures(found, bench)]
     if bench.network.about.get("trained") != found.classifier:
         reasons.append("the features are not those of the study's classifier")
@@ -241,49 +241,56 @@ def aligned(lines):
     return texts
 
 
-def cell_of(card, name, found):
-    """A number of a VAE and, with a Scale, how many of its VAEs are worse."""
+def cell_of(card, name, found, applies):
+    """A number of a VAE and, if the Scale applies, how many of its VAEs are worse."""
     _, higher_is_better, form = MEASURES[name]
     value = card["measures"].get(name)
     if value is None:
         return "-"
     text = format(value, form)
-    if found is not None and found.known(name):
+    if applies and found.known(name):
         worse, count = scale.better_than(found, name, value, higher_is_better)
         text += f", better than {worse} of {count}"
     return text
 
 
 def scale_cells(found, name):
-    """The cells of a row about the study's VAEs: some by name, the best and the worst, and the
-    correlation with the distance."""
+    """The cells of a row about the study's VAEs: some by name, the best and the worst."""
     _, higher_is_better, form = MEASURES[name]
     known = found.known(name)
     cells = [format(found.vaes[vae][name], form) if vae in known else "-" for vae in SHOWN]
     if not known:
-        return [*cells, "-", "-", "-"]
+        return [*cells, "-", "-"]
     order = sorted(found.numbers(known, name), reverse=higher_is_better)
-    cells += [format(order[0], form), format(order[-1], form)]
+    return [*cells, format(order[0], form), format(order[-1], form)]
+
+
+def correlation_cell(found, name):
     correlation = scale.correlation(found, name, DISTANCES[-1])
     if correlation is None:
-        return [*cells, "-"]
+        return "-"
     (value, low, high), count = correlation
-    return [*cells, f"{value:.2f} [{low:.2f}, {high:.2f}] ({count})"]
+    return f"{value:.2f} [{low:.2f}, {high:.2f}] ({count})"
 
 
-def table(cards, found):
-    """The lines of the table. cards: {VAE: its card}. found: the Scale, or None."""
+def table(cards, found, applies):
+    """The lines of the table. cards: {VAE: its card}. found: the Scale, or None. applies: whether
+    the numbers can be compared with it; if not, it still says what follows the distance."""
     step = DISTANCES[-1].split()[1]
     head = ["measure", *(short_name(vae) for vae in cards)]
+    if applies:
+        head += [*SHOWN, "best", "worst"]
     if found is not None:
-        head += [*SHOWN, "best", "worst", f"r with the distance at {step} steps"]
+        head.append(f"study: r with the distance at {step} steps")
     lines = [[*head, "seconds"]]
     for name, (title, _, _) in MEASURES.items():
         if all(name not in card["measures"] for card in cards.values()):
             continue
-        row = [title, *(cell_of(card, name, found) for card in cards.values())]
-        if found is not None:
+        row = [title, *(cell_of(card, name, found, applies) for card in cards.values())]
+        if applies:
             row += scale_cells(found, name)
+        if found is not None:
+            row.append(correlation_cell(found, name))
         spent = [card["seconds"].get(STEPS.get(name, name)) for card in cards.values()]
         spent = [f"{seconds:.0f}" for seconds in spent if seconds is not None]
         lines.append([*row, " ".join(spent)])
@@ -357,8 +364,8 @@ def main():
     # A folder that cannot be written to is refused here, before minutes of work.
     lock(args.out)
     can_draw = figures.is_available()
-    network = feature_network(args, size).to(device)
-    bench = measures.Bench(args, network, size, device)
+    bench = measures.Bench(args, size, device)
+    bench.compare_in(feature_network(args, bench).to(device))
     found = scale.read_scale(scale.PATH)
     reasons = reasons_against(found, bench)
 
@@ -373,8 +380,7 @@ def main():
                 card["predictions"][distance] = prediction._asdict()
         cards[path] = card
 
-    shown = None if reasons else found
-    say("\n".join(table(cards, shown)))
+    say("\n".join(table(cards, found, applies=not reasons)))
     if reasons:
         say(f"No scale beside it: {'; '.join(reasons)}.")
     else:
@@ -385,14 +391,14 @@ def main():
         "vaes": cards,
         "no scale because": reasons,
         "data": bench.held_out.set.fingerprint,
-        "network": network.about,
+        "network": bench.network.about,
         "settings": bench.settings,
         "arguments": vars(args),
         "provenance": provenance(),
     }
     write_json(os.path.join(args.out, "card.json"), result)
     if can_draw:
-        draw(os.path.join(args.out, "card.png"), cards, pictures, shown)
+        draw(os.path.join(args.out, "card.png"), cards, pictures, None if reasons else found)
     say(f"done      {args.out}/card.json")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from common.files import UserError
 from common.pictures import to_uint8
+from common.processes import say
 import fid
 import probe
 from probing.benchmarks import read_benchmarks
@@ -40,45 +41,73 @@ def splits(data):
 
 def at_most(path, count, size):
     """The fid.Pictures of a folder: at most so many, evenly spaced."""
-    available = fid.Pictures(path, None, size).count
-    return fid.Pictures(path, min(count, available), size)
+    pictures = fid.Pictures(path, None, size)
+    if pictures.count > count:
+        pictures = fid.Pictures(path, count, size)
+    return pictures
 
 
 class Bench:
     """What all VAEs of a report card are measured on.
 
-    network: of features, as fid.py describes them. size: of the pictures, in pixels. The numbers of
-    pictures are in `settings`."""
+    training, held_out, real: fid.Pictures; the last are training pictures that reconstructions are
+    compared with. of_classes, of_attributes: a Benchmark of probe.py and probe.py's arguments; None
+    for pictures of one class, or of other classes than CIFAR-10's. settings: numbers of pictures,
+    and the like. network, originals, real_statistics: see compare_in.
 
-    def __init__(self, args, network, size, device):
+    Raises UserError for data that cannot be measured."""
+
+    def __init__(self, args, size, device):
         self.args = args
-        self.network = network
         self.device = device
         train, held_out = splits(args.data)
         self.training = at_most(train, args.train_images, size)
         self.held_out = at_most(held_out, args.num, size)
-        real = at_most(train, REAL, size)
-        self.originals = fid.cached_statistics(network, self.held_out, 0, args.workers)
-        self.real = fid.cached_statistics(network, real, 0, args.workers)
+        self.real = at_most(train, REAL, size)
         self.classes = self.training.set.classes
         self.settings = {
             "size": size,
             "held out": self.held_out.count,
-            "real": real.count,
+            "real": self.real.count,
             "interpolated with": self.training.count,
             "probe": min(PROBE, args.train_images),
         }
+        self.of_classes = None
+        self.of_attributes = None
+        if len(self.classes) > 1:
+            self.of_classes = self.benchmark(args.data, "classes")
+        if self.classes == CLASSES:
+            folder = os.path.join(args.out, "attributes")
+            write_attributes(args.data, folder)
+            self.of_attributes = self.benchmark(folder, "attributes")
         self.seconds = {}
 
-    def benchmark(self, data, *tasks):
-        """-> the Benchmark of probe.py in a folder, and probe.py's arguments for these tasks."""
-        words = ["--data", data, "--pictures", "0", "--out", self.args.out]
+    def benchmark(self, data, task):
+        """-> the Benchmark of probe.py in a folder, and probe.py's arguments for this task."""
+        words = ["--data", data, "--task", task, "--pictures", "0", "--out", self.args.out]
         words += ["--train-images", str(self.settings["probe"])]
-        for task in tasks:
-            words += ["--task", task]
         args = probe.parse_arguments(words)
         args.workers = self.args.workers
-        return read_benchmarks(args)[0], args
+        try:
+            return read_benchmarks(args)[0], args
+        except UserError as error:
+            raise UserError(
+                f"{error}; for a report card without a class probe, put all pictures into one "
+                "class's folder"
+            ) from None
+
+    def compare_in(self, network):
+        """Distances are of this network's features, which are a network as fid.py describes it."""
+        self.network = network
+        count = self.held_out.count
+        if count <= network.dims["pool"]:
+            say(
+                f"warning: {count} held-out pictures for {network.dims['pool']} features: "
+                "distances are biased upwards, and only those of this card can be compared"
+            )
+        workers = self.args.workers
+        self.originals = fid.cached_statistics(network, self.held_out, 0, workers)
+        self.real_statistics = fid.cached_statistics(network, self.real, 0, workers)
 
     @contextlib.contextmanager
     def timed(self, name):
@@ -95,13 +124,17 @@ def measure(bench, vae, label, picture):
     label: its name in files. picture: path of a PNG of originals, reconstructions, interpolations
     and neighbours."""
     bench.seconds = {}
-    values = {}
     with bench.timed("reconstruction"):
-        values.update(reconstruction(bench, vae))
+        values = reconstruction(bench, vae)
     with bench.timed("interpolation"):
-        values.update(interpolation(bench, vae, picture))
-    values.update(classes(bench, vae, label))
-    if bench.classes == CLASSES:
+        values["ifid"], latents = interpolation(bench, vae, picture)
+    if bench.of_classes is not None:
+        with bench.timed("class probe"):
+            values["class probe"], latents = class_probe(bench, vae, label)
+    with bench.timed("gini"):
+        points = latent_points(latents, vae.channels, 0)
+        values["gini"] = uniformity(points, 0)[0]["Gini of density"][0]
+    if bench.of_attributes is not None:
         values.update(attributes(bench, vae, label))
     return values, bench.seconds
 
@@ -117,13 +150,14 @@ def reconstruction(bench, vae):
     decoded = fid.reconstructions(vae, None, originals, totals)
     statistics = fid.collect(bench.network, decoded, bench.held_out.count)
     values = {name: total.item() / bench.held_out.count for name, total in totals.items()}
-    values["floor"] = fid.set_distance(statistics, bench.real)
+    values["floor"] = fid.set_distance(statistics, bench.real_statistics)
     return values
 
 
 @torch.no_grad()
 def interpolation(bench, vae, picture):
-    """The iFID of held-out pictures, in the network's features."""
+    """The iFID of held-out pictures, in the network's features, and their latents, normalised and
+    flattened, (n,D)."""
     found = fid.find_cached_latents(vae, bench.training)
     latents = fid.TrainingLatents(
         vae, bench.training, bench.device, bench.args.workers, "fp32", *found
@@ -131,30 +165,21 @@ def interpolation(bench, vae, picture):
     between = fid.Interpolations(vae, bench.held_out, latents)
     statistics = fid.collect(bench.network, between.batches(), bench.held_out.count)
     between.save_picture(picture)
-    return {"ifid": fid.set_distance(statistics, bench.originals)}
+    return fid.set_distance(statistics, bench.originals), between.rows.cpu().numpy()
 
 
-def classes(bench, vae, label):
-    """The accuracy of a linear probe of the classes, and the Gini coefficient of the latents'
-    density."""
-    benchmark, args = bench.benchmark(bench.args.data, "classes")
-    values = {}
-    with bench.timed("class probe"):
-        job = probe.latent_job(benchmark, vae, args, bench.device)
-        found, _, _ = probe.probe_one(benchmark, job.features, label, None, args, bench.device)
-        values["class probe"] = found["accuracy"][0]
-    with bench.timed("gini"):
-        points = latent_points(job.features, job.channels, args.seed)
-        values["gini"] = uniformity(points, args.seed)[0]["Gini of density"][0]
-    return values
+def class_probe(bench, vae, label):
+    """The accuracy of a linear probe of the classes, and the latents of all its pictures, (N,D)."""
+    benchmark, args = bench.of_classes
+    job = probe.latent_job(benchmark, vae, args, bench.device)
+    found, _, _ = probe.probe_one(benchmark, job.features, label, None, args, bench.device)
+    return found["accuracy"][0], job.features
 
 
 def attributes(bench, vae, label):
     """The F1 of a linear probe of the attributes of CIFAR-10's classes, DCI and, with --leakage,
     how much editing one attribute moves the others."""
-    folder = os.path.join(bench.args.out, "attributes")
-    write_attributes(bench.args.data, folder)
-    benchmark, args = bench.benchmark(folder, "attributes")
+    benchmark, args = bench.of_attributes
     values = {}
     with bench.timed("attribute F1"):
         job = probe.latent_job(benchmark, vae, args, bench.device)

@@ -281,7 +281,7 @@ def test_beside_the_scale(vae, planted, capsys, monkeypatch):
 
 def test_the_study_s_pictures_are_recognised_in_other_files(vae, planted, monkeypatch):
     """By the features of the same pixels, in any order; with another picture it is another set."""
-    draw_classes("data/train", attributes.CLASSES, 1)
+    draw_classes("data/train", attributes.CLASSES, 4)
     draw_classes("data/test", attributes.CLASSES, 2)
     trained = write_classifier("classifier.pt", 10)
     words = ["ship", "classifier.pt", "--data", "data", "--out", "shipped.safetensors"]
@@ -291,8 +291,9 @@ def test_the_study_s_pictures_are_recognised_in_other_files(vae, planted, monkey
 
     def reasons():
         args = card.parse_arguments(["--vae", "vaes/vae", "--data", "data", "--workers", "0"])
-        network = card.feature_network(args, 32)
-        return card.reasons_against(found, measures.Bench(args, network, 32, torch.device("cpu")))
+        bench = measures.Bench(args, 32, torch.device("cpu"))
+        bench.compare_in(card.feature_network(args, bench))
+        return card.reasons_against(found, bench)
 
     assert reasons() == []
     for name in attributes.CLASSES:
@@ -312,9 +313,10 @@ def test_the_study_s_pictures_are_recognised_in_other_files(vae, planted, monkey
 def test_a_classifier_is_trained_on_one_s_own_classes_once(own, monkeypatch, capsys):
     monkeypatch.setattr(judge, "MIN_STEPS", 2)
     args = card.parse_arguments(["--vae", "vaes/vae", "--data", "data", "--workers", "0"])
-    first = card.feature_network(args, 32)
+    bench = measures.Bench(args, 32, torch.device("cpu"))
+    first = card.feature_network(args, bench)
     assert "held-out pictures are classified correctly" in capsys.readouterr().out
-    second = card.feature_network(args, 32)
+    second = card.feature_network(args, bench)
     assert "classif" not in capsys.readouterr().out
     assert first.about == second.about
 
@@ -371,11 +373,25 @@ def test_data_without_held_out_pictures_are_refused(own, capsys):
     assert "data/val or data/test" in message
 
 
-def test_data_of_one_class_need_another_network(own, capsys):
+def test_data_of_one_class_need_another_network(own, vfm_weights, capsys):
     shutil.rmtree("data/train/b")
-    message = refused(capsys, CARD, "--vae", "vaes/vae", "--data", "data", "--device", "cpu")
+    shutil.rmtree("data/val/b")
+    words = ["--vae", "vaes/vae", "--data", "data", "--device", "cpu"]
+    message = refused(capsys, CARD, *words)
     assert "has one class" in message
     assert "--features" in message
+    run(*words, "--features", "test_vit", "--features-weights", vfm_weights)
+    (ours,) = read_card()["vaes"].values()
+    assert set(ours["measures"]) == {"psnr", "ssim", "floor", "ifid", "gini"}
+    assert read_card()["network"]["name"] == "test_vit"
+
+
+def test_one_picture_for_each_class_is_refused_before_anything_is_measured(vae, capsys):
+    for part in ("train", "val"):
+        draw_classes(f"data/{part}", "abc", 1)
+    message = refused(capsys, CARD, "--vae", "vaes/vae", "--data", "data")
+    assert "gives 0, 3, 3 pictures for training" in message
+    assert "without a class probe" in message
 
 
 def test_two_vaes_of_one_name_are_refused(own, capsys):
