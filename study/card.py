@@ -41,7 +41,8 @@ CLASSIFIER_SIDE = 64
 MEASURES = {
     "psnr": ("PSNR, dB", True, ".2f"),
     "ssim": ("SSIM", True, ".3f"),
-    "floor": ("floor: distance of reconstructions", False, ".3f"),
+    "rfid": ("rFID, of the same pictures", False, ".3f"),
+    "floor": ("floor: distance from training pictures", False, ".3f"),
     "class probe": ("class probe, accuracy", True, ".3f"),
     "attribute F1": ("attribute probe, F1", True, ".3f"),
     "dci disentanglement": ("DCI disentanglement", True, ".3f"),
@@ -369,6 +370,8 @@ def main():
     found = scale.read_scale(scale.PATH)
     reasons = reasons_against(found, bench)
 
+    for vae in vaes.values():
+        found = found and found.without(vae.info["hash"])
     cards = {}
     pictures = {}
     for path, vae in vaes.items():

@@ -644,9 +644,9 @@ def scale_settings(results, vaes):
 
 
 def scale_entry(results, vae):
-    """{name: number or None} of one VAE, and whether its distances are those of the SiTs at hand
-    ("measured") or of the earlier training ("recorded")."""
-    entry = {"kind": results.kind(vae), "family": family(vae)}
+    """{name: number or None} of one VAE, the hash of its weights, and whether its distances are
+    those of the SiTs at hand ("measured") or of the earlier training ("recorded")."""
+    entry = {"kind": results.kind(vae), "family": family(vae), "hash": results.weights_hash(vae)}
     for measure, value in results.measures(vae).items():
         entry[SCALE_NAMES.get(measure, measure)] = value
     entry["ssim"] = results.judged(vae, "ssim")

@@ -185,6 +185,13 @@ class Results:
                 return value
         return None
 
+    def weights_hash(self, vae):
+        """The hash of the VAE's weights that probe.py measured, or None."""
+        result = read_json(f"{self.out}/probe_{vae}/result.json")
+        if result is None:
+            return None
+        return next(iter(result["vaes"].values()))["hash"]
+
     def class_probe_without_vae(self):
         """{label: accuracy, 0..1} of what probe.py measures beside the VAE, such as a probe of
         pixels."""

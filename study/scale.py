@@ -8,20 +8,21 @@ of the samples of the SiTs that were trained on it. `python -m study.run --repor
 import itertools
 import json
 import os
-import re
 from typing import NamedTuple
 
 import numpy as np
 
 from common.files import reading
 from probing.correlation import correlate
+from study.predictors import best_choice, error_of, predict_left_out
 
 PATH = os.path.join(os.path.dirname(__file__), "scale.json")
 
 # Of a prediction's interval.
 CONFIDENCE = 0.9
-# With fewer VAEs there is no correlation and no prediction.
+# With fewer VAEs there is no correlation, and with fewer families no prediction.
 MIN_VAES = 8
+MIN_FAMILIES = 4
 
 
 class Scale(NamedTuple):
@@ -31,8 +32,13 @@ class Scale(NamedTuple):
     classifier: str
     # How many pictures each measure takes, and the like.
     settings: dict
-    # {VAE: {measure or "distance <step>": number or None}}
+    # {VAE: {measure or "distance <step>": number or None; "family" and "hash": text}}
     vaes: dict
+
+    def without(self, weights_hash):
+        """The scale without the VAE whose weights have this hash, if it is there."""
+        kept = {vae: row for vae, row in self.vaes.items() if row.get("hash") != weights_hash}
+        return self._replace(vaes=kept)
 
     def known(self, *names):
         """The VAEs that have all these numbers, a list."""
@@ -74,9 +80,8 @@ def correlation(scale, measure, distance):
 # --------------------------------------------------------------------------------------------------
 # The distance that measures predict
 #
-# The rule: of all linear fits of the distance to one measure, or to two, take the one with the
-# smallest error on VAEs that it was not fitted to. A VAE is left out together with its other
-# seeds, which are nearly equal to it.
+# The rule is that of RESULTS.md: of all linear fits of the distance to one measure or to two, the
+# one with the smallest error on families of VAEs that it was not fitted to.
 #
 # The interval is the jackknife+ (Barber et al., Annals of Statistics 49, 2021): each family is left
 # out, the whole rule is applied to the others, and its errors on the family are added to what it
@@ -89,7 +94,7 @@ class Prediction(NamedTuple):
     value: float
     low: float
     high: float
-    # Root mean square of the errors on VAEs that were left out.
+    # Root mean square of the errors on families that were left out.
     error: float
     # Those of `measures` that the new VAE has beyond the range of the scale's VAEs.
     outside: tuple
@@ -97,43 +102,10 @@ class Prediction(NamedTuple):
     count: int
 
 
-def family_of(vae):
-    """The name of a VAE without its seed."""
-    return re.sub(r"_s\d+$", "", vae)
-
-
-def design(columns):
-    """Columns, each (n,) -> (n,1+len(columns)), with a column of ones."""
-    return np.stack([np.ones(len(columns[0])), *columns], 1)
-
-
-def fit(columns, y):
-    """The coefficients of a linear fit of y (n,) to columns, each (n,)."""
-    return np.linalg.lstsq(design(columns), y, rcond=None)[0]
-
-
-def left_out_errors(columns, y, families):
-    """The error of y (n,) for each VAE by the fit to the other families, (n,)."""
-    x = design(columns)
-    errors = np.empty(len(y))
-    for family in np.unique(families):
-        out = families == family
-        coefficients = np.linalg.lstsq(x[~out], y[~out], rcond=None)[0]
-        errors[out] = y[out] - x[out] @ coefficients
-    return errors
-
-
-def best_choice(table, y, families):
-    """The rule's choice of measures, a tuple of one name or two.
-
-    table: {measure: (n,)}. y: (n,), the distances. families: (n,), names."""
-    choices = [(name,) for name in table] + list(itertools.combinations(table, 2))
-
-    def squared_error(choice):
-        errors = left_out_errors([table[name] for name in choice], y, families)
-        return np.square(errors).mean()
-
-    return min(choices, key=squared_error)
+def predict_new(x, y, new):
+    """The prediction for a VAE with measures `new` (k,) by least squares on others, x (n,k)."""
+    design = np.column_stack([np.ones(len(y)), x])
+    return float(np.append(1.0, new) @ np.linalg.lstsq(design, y, rcond=None)[0])
 
 
 def predict(scale, values, distance):
@@ -143,37 +115,35 @@ def predict(scale, values, distance):
     Only measures that the new VAE and all these VAEs have take part."""
     vaes = scale.known(distance)
     names = [name for name in values if scale.known(name, distance) == vaes]
-    if len(vaes) < MIN_VAES or not names:
+    families = np.array([scale.vaes[vae].get("family", vae) for vae in vaes])
+    if len(vaes) < MIN_VAES or len(set(families)) < MIN_FAMILIES or not names:
         return None
     y = scale.numbers(vaes, distance)
-    table = {name: scale.numbers(vaes, name) for name in names}
-    families = np.array([family_of(vae) for vae in vaes])
+    x = np.stack([scale.numbers(vaes, name) for name in names], 1)
+    new = np.array([values[name] for name in names])
+    columns = range(len(names))
+    choices = [(k,) for k in columns] + list(itertools.combinations(columns, 2))
 
-    chosen = best_choice(table, y, families)
-    columns = [table[name] for name in chosen]
-    new = np.array([1.0, *(values[name] for name in chosen)])
-    value = float(new @ fit(columns, y))
     lows = np.empty(len(y))
     highs = np.empty(len(y))
     for family in np.unique(families):
         out = families == family
-        others = {name: column[~out] for name, column in table.items()}
-        choice = best_choice(others, y[~out], families[~out])
-        coefficients = fit([others[name] for name in choice], y[~out])
-        errors = np.abs(y[out] - design([table[name][out] for name in choice]) @ coefficients)
-        predicted = np.array([1.0, *(values[name] for name in choice)]) @ coefficients
+        chosen = list(best_choice(x[~out], y[~out], families[~out], choices))
+        errors = np.abs(y - predict_left_out(x[:, chosen], y, families))[out]
+        predicted = predict_new(x[~out][:, chosen], y[~out], new[chosen])
         lows[out] = predicted - errors
         highs[out] = predicted + errors
-    count = len(y)
     # The quantiles of the jackknife+, by rank.
-    last = min(count, int(np.ceil(CONFIDENCE * (count + 1)))) - 1
-    outside = [n for n in chosen if not table[n].min() <= values[n] <= table[n].max()]
+    last = min(len(y), int(np.ceil(CONFIDENCE * (len(y) + 1)))) - 1
+
+    chosen = list(best_choice(x, y, families, choices))
+    is_outside = (new < x.min(0)) | (new > x.max(0))
     return Prediction(
-        chosen,
-        value,
-        float(np.sort(lows)[count - 1 - last]),
+        tuple(names[k] for k in chosen),
+        predict_new(x[:, chosen], y, new[chosen]),
+        float(np.sort(lows)[len(y) - 1 - last]),
         float(np.sort(highs)[last]),
-        float(np.sqrt(np.square(left_out_errors(columns, y, families)).mean())),
-        tuple(outside),
-        count,
+        error_of(predict_left_out(x[:, chosen], y, families), y),
+        tuple(names[k] for k in chosen if is_outside[k]),
+        len(y),
     )

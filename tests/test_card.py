@@ -113,26 +113,32 @@ def test_no_prediction_from_few_vaes(planted):
     assert scale.predict(planted, {"ifid": 3.0}, "distance 2000") is None
 
 
-def test_seeds_of_a_vae_are_left_out_together():
-    """A measure that tells only the families apart predicts their seeds, and no new family."""
+def test_a_family_of_vaes_is_left_out_together():
+    """A measure that tells six families apart has no error on their other members, but a large one
+    on a new family."""
     rng = np.random.default_rng(0)
     vaes = {}
     for family in range(6):
         label, distance = rng.normal(size=2)
-        for seed in ("", "_s1", "_s2"):
-            vaes[f"f{family}{seed}"] = {"label": label, "distance 2000": distance}
-    names = list(vaes)
-    label = np.array([vaes[name]["label"] for name in names])
-    distance = np.array([vaes[name]["distance 2000"] for name in names])
-    families = np.array([scale.family_of(name) for name in names])
-    assert sorted(set(families)) == [f"f{k}" for k in range(6)]
-    errors = scale.left_out_errors([label], distance, families)
+        for seed in range(3):
+            row = {"label": label, "distance 2000": distance}
+            vaes[f"f{family}_s{seed}"] = {**row, "family": f"f{family}"}
+    found = scale.predict(Scale("", "", {}, vaes), {"label": 0.0}, "distance 2000")
+    label, distance = (np.array([row[name] for row in vaes.values()]) for name in row)
+    errors = []
     for k in range(6):
-        kept = families != f"f{k}"
-        expected = distance[~kept] - np.polyval(
-            np.polyfit(label[kept], distance[kept], 1), label[~kept]
-        )
-        np.testing.assert_allclose(errors[~kept], expected)
+        kept = np.arange(18) // 3 != k
+        line = np.polyfit(label[kept], distance[kept], 1)
+        errors.append(distance[~kept] - np.polyval(line, label[~kept]))
+    assert found.error == pytest.approx(np.sqrt(np.square(errors).mean()))
+    without = Scale("", "", {}, {vae: vaes[vae] for vae in list(vaes)[:9]})
+    assert scale.predict(without, {"label": 0.0}, "distance 2000") is None
+
+
+def test_a_vae_of_the_study_is_no_part_of_its_own_scale(planted):
+    planted.vaes["vae3"]["hash"] = "abc"
+    assert list(planted.without("abc").vaes) == [vae for vae in planted.vaes if vae != "vae3"]
+    assert planted.without("abd").vaes == planted.vaes
 
 
 def test_the_interval_holds_for_new_vaes():
@@ -225,7 +231,7 @@ def test_two_vaes_on_one_s_own_data_and_no_scale(own, capsys):
     result = read_card()
     assert result["settings"]["size"] == 32
     ours, other = result["vaes"].values()
-    assert set(ours["measures"]) == {"psnr", "ssim", "floor", "ifid", "class probe", "gini"}
+    assert set(ours["measures"]) == {"psnr", "ssim", "rfid", "floor", "ifid", "class probe", "gini"}
     assert ours["measures"] != other["measures"]
     assert ours["predictions"] == {}
     assert sum(ours["seconds"].values()) > 0
@@ -235,7 +241,8 @@ def test_two_vaes_on_one_s_own_data_and_no_scale(own, capsys):
     sets = [fid.Pictures(f"data/{part}", None, 32) for part in ("val", "train")]
     classifier = judge.load_classifier("classifier.pt")
     study_s = judge.measure_ifid(load_vae("vaes/vae"), classifier, *sets)
-    assert ours["measures"]["ifid"] == pytest.approx(study_s["ifid"], rel=1e-3)
+    for name in ("ifid", "rfid"):
+        assert ours["measures"][name] == pytest.approx(study_s[name], rel=1e-3)
 
 
 def check_reconstructions(values):
@@ -382,7 +389,7 @@ def test_data_of_one_class_need_another_network(own, vfm_weights, capsys):
     assert "--features" in message
     run(*words, "--features", "test_vit", "--features-weights", vfm_weights)
     (ours,) = read_card()["vaes"].values()
-    assert set(ours["measures"]) == {"psnr", "ssim", "floor", "ifid", "gini"}
+    assert set(ours["measures"]) == {"psnr", "ssim", "rfid", "floor", "ifid", "gini"}
     assert read_card()["network"]["name"] == "test_vit"
 
 
