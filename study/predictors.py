@@ -228,8 +228,9 @@ def draw_probe(results, vaes, path):
 # Sections 14 and 15: iFID; disentanglement and editing
 
 
-def ifid_section(results, vaes):
-    """Section 14: iFID of every VAE that has one, beside the distance of its reconstructions."""
+def ifid_section(results, vaes, picture_path, link):
+    """Section 14: iFID of every VAE that has one, beside the distance of its reconstructions. Its
+    picture goes to `picture_path`, which is `link` seen from the page."""
     lines = ["## 14. iFID: pictures between neighbours in the latents", ""]
     measured = [vae for vae in vaes if results.judged(f"{vae}-ifid", "ifid") is not None]
     if not measured:
@@ -264,12 +265,12 @@ def ifid_section(results, vaes):
         lines.append(line)
     lines += ["", *dagger_note(results, measured)]
     pictures = [f"{results.out}/judged/{vae}-ifid.png" for vae in ("plain", "send")]
-    if figures.stack_pictures(pictures, "docs/ifid.png"):
+    if figures.stack_pictures(pictures, picture_path):
         lines += [
             "Test pictures, reconstructions, interpolations and neighbours, a row each; `plain` "
             "is above `send`:",
             "",
-            "![iFID's interpolations](docs/ifid.png)",
+            f"![iFID's interpolations]({link})",
             "",
         ]
     return lines

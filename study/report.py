@@ -700,11 +700,13 @@ def main_comparison(results, figure_path, link):
 
 
 def quick_page(args, results, vaes):
-    """The page of --quick: sections 1 and 9, without remarks, which are about the full study."""
+    """The page of --quick: sections 1, 9 and 14, without remarks, which are about the full
+    study."""
     return [
         *introduction(args, results, vaes),
         *main_comparison(results, f"{args.out}/study.png", "study.png"),
         *costs(results, vaes),
+        *predictors.ifid_section(results, vaes, f"{args.out}/ifid.png", "ifid.png"),
     ]
 
 
@@ -717,7 +719,8 @@ def full_page(args, results, vaes):
         else:
             lines += [*own_section(results, vaes, section_number), *remark(section_number)]
     lines += [*first_steps(results, args.early_points, args.early_rates), *remark(13)]
-    lines += [*predictors.ifid_section(results, vaes), *remark(14)]
+    lines += predictors.ifid_section(results, vaes, "docs/ifid.png", "docs/ifid.png")
+    lines += remark(14)
     lines += [*predictors.editing_section(results, vaes), *remark(15)]
     lines += predictors.prediction_section(results, vaes)
     if predictors.draw_predictors(results, vaes, "docs/predictors.png"):

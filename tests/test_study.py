@@ -80,6 +80,9 @@ def test_breadth_before_depth():
 
 def test_the_quick_study_trains_the_main_pair_only():
     jobs = study.plan(study.parse_arguments(["--quick"]))
+    measured = " ".join(command.words for command in jobs["judge send"].commands)
+    assert "study.judge ifid" in measured
+    assert "--neighbours 10000" in measured
     trained = {name for name in jobs if name.startswith(("vae", "sit"))}
     assert trained == {"vae base", "vae plain", "vae send", "sit plain 0", "sit send 0"}
 
@@ -401,16 +404,18 @@ def test_no_speed_up_where_the_first_point_is_below_already(inside):
     assert expected in page(points=(100, 300))
 
 
-def test_quick_report_has_section_1_and_costs_only(inside):
+def test_quick_report_has_section_1_costs_and_ifid_only(inside):
     sets = {}
     for vae in ("plain", "send"):
         for step in (100, 300):
             for suffix in ("", "-guided", "-again"):
                 sets[vae, 0, step, suffix] = 3.0
+        write_measures(vae)
     write_runs(sets)
     text = page(quick=True, points=(100, 300))
-    titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## 1. With and without alignment", "## 9. What does alignment cost?"]
+    titles = [line[:5] for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## 1.", "## 9.", "## 14"]
+    assert "| send | 3 | 1 | 3 (1) | 3 (1) |" in text
     assert os.path.exists("out/study.png")
     assert not os.listdir("docs")
     assert "The direction does not agree, but one seed gives no interval." in text
