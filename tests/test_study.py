@@ -201,6 +201,8 @@ def test_the_papers_commands_parse_and_have_its_settings(table):
             if words[0] == "train_sit.py":
                 assert args.epochs == (800 if "800" in entry.title else 80)
                 follows_repa(args)
+            if words[0] == "sample.py":
+                assert args.precision == "fp32"
             if words[0] == "train_vae.py" and args.align == "mapper":
                 follows_the_paper(args)
                 follows_repa_e(args)
