@@ -99,8 +99,8 @@ def dagger_note(results, vaes):
     recorded = results.recorded
     return [
         f"† of the SiTs of the earlier training of the same recipe ({recorded['date']}, commits "
-        f"{', '.join(recorded['run_commits'])}), which are not kept. All measures are of the VAEs "
-        "at hand.",
+        f"{', '.join(recorded['run_commits'])}), on other files of CIFAR-10. They are not kept. "
+        "All measures are of the VAEs at hand; the table at the end says how far the two differ.",
         "",
     ]
 
@@ -638,6 +638,8 @@ def scale_settings(results, vaes):
             for name in ("neighbours", "nearest by", "weights", "interpolation", "seed"):
                 settings[name] = record[name]
     costs = {measure: cost(results, vaes, measure) for measure in MEASURES}
+    if results.recorded is not None:
+        settings["recorded distances"] = results.recorded["note"]
     settings["seconds"] = {
         SCALE_NAMES.get(measure, measure): seconds for measure, seconds in costs.items()
     }

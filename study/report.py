@@ -292,10 +292,11 @@ def comparison_table(results, paper_gfid):
     return lines
 
 
-def remark(section_number):
-    if section_number not in REMARKS:
+def remark(section):
+    """The remark under this key of REMARKS, if there is one."""
+    if section not in REMARKS:
         return []
-    return [REMARKS[section_number], ""]
+    return [REMARKS[section], ""]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -781,8 +782,8 @@ def recorded_section(results, section_number):
     recorded = results.recorded
     note = (
         f"*As found by the earlier training of the same recipe ({recorded['date']}, commits "
-        f"{', '.join(recorded['run_commits'])}), whose SiTs are not kept. The runs at hand are not "
-        "complete here.*"
+        f"{', '.join(recorded['run_commits'])}), on other files of CIFAR-10. Its SiTs are not "
+        "kept, and the runs at hand are not complete here.*"
     )
     lines = [f"## {title} †", "", note, "", rest.strip(), ""]
     if section_number == 9:
@@ -824,7 +825,18 @@ def retrained(results):
         "The VAEs were trained again by the same recipe, with later code. Measured now less "
         "recorded, which is rounded to three digits (PSNR: four):"
     )
-    return [*lines, text, "", *head, *rows, ""]
+    rows += pixel_probe_row(results)
+    return [*lines, text, "", *head, *rows, "", *remark("retrained")]
+
+
+def pixel_probe_row(results):
+    """The row of the class probe of pixels, which needs no VAE: the data alone can change it."""
+    accuracies = results.class_probe_without_vae()
+    pixels = [accuracy for label, accuracy in accuracies.items() if "pixels" in label]
+    if not pixels:
+        return []
+    change = f"{pixels[0] - results.recorded['pixel_probe']:+.2g}"
+    return [table_line("class probe of pixels, without a VAE", "-", change, "-", "-")]
 
 
 # --------------------------------------------------------------------------------------------------

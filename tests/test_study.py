@@ -717,6 +717,7 @@ def write_measures(vae, ifid=3.0):
             results=dict(b={name: {label: [value]} for name, value in measured.items()}),
             fits={f"b, {label}": about},
             benchmarks=dict(b=dict(pictures=[10000, 4000, 6000])),
+            vaes={label: dict(hash=f"hash of {vae}")},
         )
         write_json(f"out/probe_{vae}{suffix}/result.json", result)
 
@@ -759,6 +760,7 @@ def test_the_page_has_ifid_editing_and_the_scale(inside, pictures, monkeypatch):
     assert scale["settings"]["held out"] == 2000
     assert scale["settings"]["interpolated with"] == 500
     plain = scale["vaes"]["plain"]
+    assert plain["hash"] == "hash of plain"
     assert (plain["psnr"], plain["floor"], plain["ifid"]) == (30.0, 1.5, 3.0)
     assert (plain["class probe"], plain["gini"], plain["leakage"]) == (0.5, 0.3, 0.4)
     assert plain["dci completeness"] is None
