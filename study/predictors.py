@@ -31,6 +31,8 @@ LABELS = {"none": "no alignment", "control": "control", "aligned": "aligned"}
 
 # A correlation over fewer VAEs says nothing.
 MIN_VAES_TO_CORRELATE = 4
+# Nor does a comparison of measures over fewer.
+MIN_VAES_TO_PREDICT = 8
 # Nor does a fit to fewer families.
 MIN_FAMILIES_TO_FIT = 4
 
@@ -389,9 +391,14 @@ def prediction_section(results, vaes):
     """Section 16: every measure against the distance, and the best of them."""
     lines = ["## 16. What predicts the distance?", ""]
     tables = [read_table(results, vaes, step) for step in sorted_steps(results)]
-    tables = [table for table in tables if len(table.vaes) >= MIN_VAES_TO_CORRELATE]
+    tables = [table for table in tables if len(table.vaes) >= MIN_VAES_TO_PREDICT]
     if not tables:
-        return [*lines, "Not enough VAEs have both measures and a distance yet.", ""]
+        text = (
+            f"Fewer than {MIN_VAES_TO_PREDICT} VAEs have been measured, too few for an answer. "
+            "Cost of each measure: seconds on one core, with the encoding of the pictures that it "
+            "needs, the median over VAEs."
+        )
+        return [*lines, text, "", *cost_table(results, vaes), ""]
     lines += [
         "As in section 8: correlations with the distance in the classifier's features, [95% "
         "interval over resampled VAEs], (number of VAEs). *Without a family*: from the weakest to "
@@ -414,6 +421,13 @@ def prediction_section(results, vaes):
     for table in tables:
         for group, members in groups_of(results, table).items():
             lines += fit_lines(results, table, group, members)
+    return lines
+
+
+def cost_table(results, vaes):
+    lines = table_head("measure", "cost, s")
+    for measure in MEASURES:
+        lines.append(table_line(measure, number(cost(results, vaes, measure), ".2g")))
     return lines
 
 
@@ -598,7 +612,7 @@ def draw_predictors(results, vaes, path):
         for vae, value, distance in zip(known, factor * x, y, strict=True):
             _, points = groups.setdefault(family(vae), (FAMILIES[family(vae)][1], []))
             points.append((value, distance, vae))
-        if len(known) < MIN_VAES_TO_CORRELATE:
+        if len(known) < MIN_VAES_TO_PREDICT:
             return False
         panels.append((label, groups))
     title = f"Frechet distance of samples at SiT step {table.step}, a dot for each VAE"
