@@ -50,6 +50,8 @@ SHARED = (
 PLAIN = "--gan 0 --precision fp32"
 # In bf16, as on a GPU: --autocast-losses means something there only.
 GAN = "--gan 0.1 --precision bf16"
+# Of the run gan-0, for its discriminator.
+GAN_CHECKPOINT = f"{OUT}/gan-0/checkpoints/{TUNING_STEPS:09d}.pt"
 
 
 class Recipe(NamedTuple):
@@ -72,7 +74,7 @@ RECIPES = {
     "gan": Recipe("gan", GAN, ""),
     # That of the VAE.
     "disc-lr": Recipe("gan", GAN, "--disc-lr 1e-3"),
-    "init-disc": Recipe("gan", GAN, f"--init-disc {OUT}/gan-0"),
+    "init-disc": Recipe("gan", GAN, f"--init-disc {GAN_CHECKPOINT}"),
     "autocast-losses": Recipe("gan", GAN, "--autocast-losses"),
     "no-ema-warmup": Recipe("default", PLAIN, "--no-ema-warmup"),
 }
@@ -303,7 +305,7 @@ def gradients(args):
     vae = load_vae(f"{OUT}/base").eval()
     x, y = reconstructions(vae, args.data, 64)
     plain, rescaled = make_lpips(args.lpips_weights)
-    discriminator = load_discriminator(f"{OUT}/gan-0").train().requires_grad_(False)
+    discriminator = load_discriminator(GAN_CHECKPOINT).train().requires_grad_(False)
     losses = {
         "LPIPS": lambda images: plain(images, x).mean(),
         "LPIPS, rescaled": lambda images: rescaled(images, x).mean(),

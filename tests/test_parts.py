@@ -276,6 +276,10 @@ def test_uint8_and_back():
     assert y.min() == -1
     assert y.max() == 1
     assert torch.equal(to_uint8(y), x)
+    # Rounded, while REPA and REPA-E truncate.
+    step = 2 / 255
+    assert torch.equal(to_uint8(y + 0.4 * step), x)
+    assert torch.equal(to_uint8(y - 0.4 * step), x)
 
 
 def test_a_grid_shows_every_pixel(tmp_path):

@@ -427,6 +427,7 @@ def test_every_run_differs_from_its_reference_in_one_flag():
         "init_disc",
     }
     assert "gan-0" in jobs["init-disc-1"].after
+    assert arguments["init-disc-1"]["init_disc"] == jobs["gan-0"].commands[0].product
 
 
 def test_a_chosen_recipe_comes_with_what_it_is_compared_with():
