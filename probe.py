@@ -103,6 +103,12 @@ def parse_arguments(argv=None):
         help="pictures of the training split that are used at most, a seeded choice",
     )
     p.add_argument(
+        "--test-images",
+        type=int,
+        default=250000,
+        help="the same of the test split, and of the validation split",
+    )
+    p.add_argument(
         "--gfid", help=".csv of <VAE>,<FID> for each --vae: correlation of FID with every measure"
     )
     p.add_argument(

@@ -43,9 +43,10 @@ class Benchmark:
         or 2 for training, validation or test. sets: the ImageSets that
         hold them one after the other, if any.
 
-        Of the training pictures, a choice of at most args.train_images is kept, which depends on
-        args.seed alone. Raises UserError if a picture is absent, unless args.skip_missing is set,
-        and if a split is empty."""
+        Of the training pictures, a choice of at most args.train_images is kept, and of the other
+        two splits at most args.test_images each. The choice depends on args.seed alone. Raises
+        UserError if a picture is absent, unless args.skip_missing is set, and if a split is empty.
+        """
         split = np.array(split)
         if sets:
             sources = [data.source(i) for data in sets for i in range(len(data))]
@@ -64,8 +65,9 @@ class Benchmark:
         training, validation, test = (
             np.flatnonzero((split == part) & (sizes >= 0)) for part in (TRAINING, VALIDATION, TEST)
         )
-        shuffled = np.random.default_rng(args.seed).permutation(training)
-        training = np.sort(shuffled[: max(0, args.train_images)])
+        training = choose(training, args.train_images, args.seed)
+        validation = choose(validation, args.test_images, args.seed)
+        test = choose(test, args.test_images, args.seed)
         counts = [len(training), len(validation), len(test)]
         if 0 in counts:
             raise UserError(
@@ -100,6 +102,12 @@ class Benchmark:
         """Indices of n pictures -> uint8 (n,3,size,size)."""
         pictures = np.stack([load_image(self.sources[i], size) for i in indices])  # (n,size,size,3)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def choose(indices, count, seed):
+    """A seeded choice of at most `count` of some indices (n,), in their order."""
+    shuffled = np.random.default_rng(seed).permutation(indices)
+    return np.sort(shuffled[: max(0, count)])
 
 
 # --------------------------------------------------------------------------------------------------

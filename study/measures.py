@@ -21,6 +21,8 @@ from study.attributes import CLASSES, write_attributes
 HELD_OUT = 2000
 REAL = 10000
 PROBE = 10000
+# A probe is tested on so many times the other held-out pictures, at most: in the study on all.
+PROBE_TEST = 5
 
 
 def splits(data):
@@ -86,6 +88,7 @@ class Bench:
         """-> the Benchmark of probe.py in a folder, and probe.py's arguments for this task."""
         words = ["--data", data, "--task", task, "--pictures", "0", "--out", self.args.out]
         words += ["--train-images", str(self.settings["probe"])]
+        words += ["--test-images", str(PROBE_TEST * self.args.num)]
         args = probe.parse_arguments(words)
         args.workers = self.args.workers
         try:

@@ -543,6 +543,15 @@ def test_train_images_limit_the_training_split_only(tmp_path):
     assert limited.fingerprint != everything.fingerprint
 
 
+def test_test_images_limit_the_other_splits(tmp_path):
+    root = make_celeba(tmp_path / "celeba")
+    everything = read_one("--data", root)
+    limited = read_one("--data", root, "--test-images", 1)
+    assert sizes(everything)[2] == 2
+    assert sizes(limited) == [sizes(everything)[0], 1, 1]
+    assert set(limited.names) < set(everything.names)
+
+
 DEEPFASHION_NAMES = [f"img/Sheer_Blouse/img_{i:08d}.jpg" for i in range(1, 6)]
 DEEPFASHION_VALUES = ["-1  1 -1", " 0 -1  1", " 1  0  1", "-1 -1 -1", " 1  1  0"]
 

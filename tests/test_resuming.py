@@ -294,7 +294,12 @@ def test_features_of_pictures_that_were_written_over_are_not_used_again(inside):
     save_with_text(path, "0")
     size = os.path.getsize(path)
     args = SimpleNamespace(
-        data=["d"], task=["attributes", "classes"], train_images=10**6, seed=0, skip_missing=False
+        data=["d"],
+        task=["attributes", "classes"],
+        train_images=10**6,
+        test_images=10**6,
+        seed=0,
+        skip_missing=False,
     )
     before = [benchmark.fingerprint for benchmark in read_folder("d", args)]
     reference = Pictures("d/train", size=16).record["hash"]
