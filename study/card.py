@@ -215,6 +215,17 @@ def reasons_against(found, bench):
     return [reason for reason in reasons if reason]
 
 
+def scale_without(found, vaes):
+    """The Scale without those of its own VAEs that are measured, {path: VAE}."""
+    for path, vae in vaes.items():
+        kept = found.without(vae.info["hash"])
+        if len(kept.vaes) < len(found.vaes):
+            names = ", ".join(sorted(found.vaes.keys() - kept.vaes.keys()))
+            say(f"note: {path} is the study's {names}, which is left out of the scale")
+        found = kept
+    return found
+
+
 def verdicts(found, vae, values):
     """{distance: Prediction} for a VAE with these values, as far as there are any."""
     predictions = {}
@@ -370,8 +381,8 @@ def main():
     found = scale.read_scale(scale.PATH)
     reasons = reasons_against(found, bench)
 
-    for vae in vaes.values():
-        found = found and found.without(vae.info["hash"])
+    if found is not None:
+        found = scale_without(found, vaes)
     cards = {}
     pictures = {}
     for path, vae in vaes.items():

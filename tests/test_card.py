@@ -145,10 +145,16 @@ def test_a_family_of_vaes_is_left_out_together():
     assert scale.predict(without, {"label": 0.0}, "distance 2000") is None
 
 
-def test_a_vae_of_the_study_is_no_part_of_its_own_scale(planted):
-    planted.vaes["vae3"]["hash"] = "abc"
-    assert list(planted.without("abc").vaes) == [vae for vae in planted.vaes if vae != "vae3"]
-    assert planted.without("abd").vaes == planted.vaes
+def test_a_vae_of_the_study_is_no_part_of_its_own_scale(planted, capsys):
+    vaes = {vae: dict(row, hash=f"hash of {vae}") for vae, row in planted.vaes.items()}
+    found = planted._replace(vaes=vaes)
+    measured = types.SimpleNamespace(info={"hash": "hash of vae3"})
+    kept = card.scale_without(found, {"runs/mine": measured})
+    assert list(kept.vaes) == [vae for vae in vaes if vae != "vae3"]
+    assert "runs/mine is the study's vae3" in capsys.readouterr().out
+    measured.info["hash"] = "another"
+    assert card.scale_without(found, {"runs/mine": measured}).vaes == vaes
+    assert capsys.readouterr().out == ""
 
 
 def test_the_interval_holds_for_new_vaes():
