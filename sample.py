@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.draws import normal, uniform
-from common.files import UserError, reading, write_json, writing
+from common.files import UserError, reading, refuse_unwritable, write_json, writing
 from common.flags import (
     add_machine_flags,
     parse_flags,
@@ -314,14 +315,19 @@ def class_numbers(names, sit):
     known = sit.info.get("classes") or []
     numbers = {str(i): i for i in range(sit.num_classes)}
     for i, name in enumerate(known):
-        numbers[name] = i
+        numbers[one_spelling(name)] = i
     for name in names:
-        if name not in numbers:
+        if one_spelling(name) not in numbers:
             message = f"--classes {name}: the SiT knows the numbers 0 to {sit.num_classes - 1}"
             if known:
                 message += f" and names such as {', '.join(known[:4])}"
             raise UserError(message)
-    return [numbers[name] for name in names]
+    return [numbers[one_spelling(name)] for name in names]
+
+
+def one_spelling(name):
+    """A name in Unicode's composed form: macOS may write an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def spread_classes(num_classes, count=8):
@@ -579,7 +585,7 @@ def draw_folder(sit, vae, args, device, precision, settings):
 
 def draw_set(sit, vae, args, device, precision, settings):
     """Draw --num pictures into args.out, an .npz file or a folder."""
-    draw_as = draw_npz if args.out.endswith(".npz") else draw_folder
+    draw_as = draw_npz if args.out.lower().endswith(".npz") else draw_folder
     draw_as(sit, vae, args, device, precision, settings)
 
 
@@ -589,14 +595,17 @@ def output_path(args, sit_path):
     if not out:
         folder = sit_path if os.path.isdir(sit_path) else os.path.dirname(sit_path)
         out = os.path.join(folder, "samples.npz" if args.num else "grid.png")
-    if not args.num and not out.endswith(".png"):
+    ending = os.path.splitext(out)[1].lower()
+    if not args.num and ending != ".png":
         raise UserError(
             f"--out {out}: a grid (--classes, --n) is a .png file; for a set give --num"
         )
-    if args.num and (out.endswith(".png") or (os.path.isfile(out) and not out.endswith(".npz"))):
+    if args.num and (ending == ".png" or (os.path.isfile(out) and ending != ".npz")):
         raise UserError(
             f"--out {out}: a set (--num) is an .npz file or a folder; for a grid leave out --num"
         )
+    if ending in (".png", ".npz"):
+        refuse_unwritable(out)
     return out
 
 

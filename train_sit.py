@@ -53,6 +53,7 @@ from common.processes import (
     autocast,
     barrier,
     conv_memory_format,
+    from_first_process,
     parallel,
     rank,
     resolve_precision,
@@ -67,6 +68,7 @@ from common.published import LDM_SOURCE, NO_STATISTICS, SIT_FORMATS
 from common.runs import (
     RunLog,
     Saver,
+    is_filled,
     lock,
     mark_done,
     newest_checkpoint,
@@ -293,6 +295,10 @@ def cache_latents(vae, data, args, device, precision):
     sides = 2 if args.flip else 1
     folder = cache_folder(vae, data, args, precision)
     shape = (len(data), sides, 2, vae.channels, vae.latent_size, vae.latent_size)
+    # The first process decides for all: another run may be at its last block.
+    filled = is_filled(folder, "latents.npy", np.float16, shape, BLOCK)
+    if from_first_process(int(filled)):
+        return folder
     stop_at_signal()
     lock_file = lock(folder, wait=True)
     latents, done, todo = resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)

@@ -78,7 +78,7 @@ def holds_pictures(path):
     .npz file, which holds arrays."""
     if os.path.isdir(path):
         return True
-    return not path.endswith(".npz") and find_archive(path) is not None
+    return not path.lower().endswith(".npz") and find_archive(path) is not None
 
 
 def containers_in(folder):

@@ -72,10 +72,29 @@ def writing(path):
             # The content must be on the disk before the name is.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            # A full disk does not say whose file it had no room for.
+            error.filename = path
         raise
+
+
+def refuse_unwritable(path):
+    """Raises a UserError, before long work, where its result could not be written to `path`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    reason = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.isdir(path):
+            reason = "it is a folder"
+        elif not os.access(folder, os.W_OK):
+            reason = f"no permission to write into {folder}"
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+    if reason is not None:
+        raise UserError(f"cannot write {path} ({reason}); name another --out")
 
 
 @contextlib.contextmanager
@@ -200,10 +219,10 @@ def check_npy_header(file, member):
         raise ValueError(f"{member.filename} is cut, or claims the wrong shape {shape}")
 
 
-def open_array(path, dtype, shape):
-    """A memory map of an .npy file, to read and to write. Raises UserError unless it is a whole
-    array of this type and shape: np.load believes any header, and where it maps a cut file for
-    writing, it fills up with zeros what is missing."""
+def open_array(path, dtype, shape, mode="r+"):
+    """A memory map of an .npy file, to read and to write, or with mode "r" to read. Raises
+    UserError unless it is a whole array of this type and shape: np.load believes any header, and
+    where it maps a cut file for writing, it fills up with zeros what is missing."""
     found = None
     # NumPy's parser of headers raises a dozen types of errors.
     with contextlib.suppress(Exception):
@@ -212,7 +231,7 @@ def open_array(path, dtype, shape):
         found = (array.dtype, array.shape, size, array.flags.c_contiguous)
     if found != (dtype, shape, os.path.getsize(path), True):
         raise UserError(f"{path} is damaged; remove its folder and rerun the command")
-    return np.load(path, mmap_mode="r+")
+    return np.load(path, mmap_mode=mode)
 
 
 # --------------------------------------------------------------------------------------------------

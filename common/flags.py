@@ -2,9 +2,11 @@
 
 import argparse
 import importlib.util
+import os
+import sys
 
 from common.files import UserError
-from common.processes import world
+from common.processes import say, world
 
 
 def whole_number(text, least=0):
@@ -35,15 +37,45 @@ def auto_or_positive(text):
 def parse_flags(parser, argv=None):
     """parser.parse_args, after the help of every flag that has a default was made to name it.
 
+    A ~ at the start of a path is replaced, since shells leave it where they read --data=~/pictures.
     --tensorboard is refused here, before a run has begun, where the package is not installed."""
     for action in parser._actions:
         has_default = action.default not in (None, False, argparse.SUPPRESS)
         if has_default and "default" not in (action.help or ""):
             action.help = f"{action.help or ''} (default: %(default)s)".strip()
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        setattr(args, name, with_home(value))
+    say_if_repeated("--data", sys.argv[1:] if argv is None else argv)
     if "tensorboard" in args and args.tensorboard and not importlib.util.find_spec("tensorboard"):
         parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
     return args
+
+
+def with_home(value):
+    """A flag's value -> the same with the home folder for a ~ at its start, or at that of each
+    word."""
+    if isinstance(value, list):
+        return [with_home(word) for word in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    return value
+
+
+def say_if_repeated(flag, words):
+    """Says which value of a flag counts where the command's words give it several."""
+    values = []
+    for i, word in enumerate(words):
+        if word == flag:
+            values += words[i + 1 : i + 2]
+        elif word.startswith(f"{flag}="):
+            values.append(word.partition("=")[2])
+    # The process group, which `say` asks for the first process, does not exist yet.
+    if len(set(values)) > 1 and os.environ.get("RANK", "0") == "0":
+        say(
+            f"note: {flag} is given {len(values)} times, and the last counts, {values[-1]}; for "
+            "one set of several folders, put links to them into one folder"
+        )
 
 
 def add_machine_flags(parser):

@@ -462,6 +462,8 @@ def describe_left_out(left_out):
     words = "; left out: " + ", ".join(kinds[:6])
     if len(kinds) > 6:
         words += f" and {sum(list(left_out.values())[6:])} others"
+    if not left_out.keys().isdisjoint((".zip", ".tar", ".parquet")):
+        words += " (an archive is read where it is given itself)"
     for form in set(TYPES) - set(FORMATS):
         if not left_out.keys().isdisjoint(TYPES[form]):
             words += f" (the installed Pillow does not read {form})"

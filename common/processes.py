@@ -31,6 +31,10 @@ def run_main(main, for_less_memory="lower --batch-size"):
     """Calls a script's main(). An error that a user can mend becomes one sentence on stderr and
     exit code 2; Ctrl-C becomes exit code 130. for_less_memory: what to advise when memory is short.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name of a class must not end a run where the terminal's encoding lacks its letters.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, KeyboardInterrupt, RuntimeError, OSError, MemoryError) as error:
@@ -64,6 +68,8 @@ def sentence_for_user(error, for_less_memory):
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror}{place}; make room and rerun the command"
+    if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
+        return f"error: {error.filename}: {error.strerror}; give another path, or mend this one"
     if "DataLoader worker" in str(error):
         # It was killed, and torch's message says by which signal.
         return (
@@ -107,6 +113,18 @@ def compiler_failure(error):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# A folder in the place of a file or the reverse, no permission, a name that is too long.
+WRONG_PATH = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 def wait_for_savers():

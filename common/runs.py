@@ -184,6 +184,18 @@ def resumable_array(folder, name, dtype, shape, block):
     return array, done, todo
 
 
+def is_filled(folder, name, dtype, shape, block):
+    """Whether all blocks of a resumable_array are done, so that it need not be written to. It may
+    be in a folder of somebody else."""
+    try:
+        open_array(os.path.join(folder, name), dtype, shape, mode="r")
+        blocks = math.ceil(shape[0] / block)
+        done = open_array(os.path.join(folder, "done.npy"), np.uint8, (blocks,), mode="r")
+    except (UserError, OSError):
+        return False
+    return bool((done == 1).all())
+
+
 def _reserve_array(path, dtype, shape):
     """Makes an .npy file of zeros and takes its room on the disk: a process that writes to a mapped
     file on a full disk is killed by the system, without a message.
@@ -300,6 +312,8 @@ class Saver:
     def write(self, step, weights, state):
         self.error = None
         try:
+            # It tells these weights from those of a run whose checkpoints were taken away.
+            os.makedirs(os.path.join(self.folder, "checkpoints"), exist_ok=True)
             for name, (kind, part, config, info) in weights.items():
                 path = os.path.join(self.folder, name)
                 write_weights(path, kind, part, config, dict(info, **provenance()))
@@ -336,6 +350,9 @@ def resume(args, free, parts, total, device, data, labelled=False):
     `free`, FREE_FLAGS or --change differs, and for other pictures. data: those of --data. labelled:
     whether the run learns from their labels, so that their classes must be those of before.
     """
+    refuse_out_in_data(args.out, args.data)
+    own = "sit.safetensors" if labelled else "vae.safetensors"
+    refuse_other_stage(args.out, own)
     lock(args.out)
     state = None
     if not args.overwrite:
@@ -343,6 +360,8 @@ def resume(args, free, parts, total, device, data, labelled=False):
     if state is None:
         if args.resume:
             raise UserError(f"--resume: {args.out} holds no checkpoint")
+        if not args.overwrite:
+            refuse_weights_alone(args.out, own)
         if rank() == 0:
             for path in list_checkpoints(args.out):
                 os.remove(path)
@@ -375,6 +394,44 @@ def load_part(part, state, folder):
     else:
         part.load_state_dict(state)
         match_memory_formats(part)
+
+
+def refuse_out_in_data(out, data):
+    """Raises a UserError for a run in the folder of its pictures, whose grids would be pictures of
+    the data at the next start. Hidden folders are no part of the data."""
+    inside = os.path.relpath(os.path.realpath(out), os.path.realpath(data))
+    parts = inside.split(os.sep)
+    is_hidden = any(part.startswith(".") and part != "." for part in parts)
+    if os.path.isdir(data) and not is_hidden:
+        raise UserError(
+            f"--out {out} is in the folder of --data {data}: what a run writes would become part "
+            "of its data; give an --out elsewhere"
+        )
+
+
+def refuse_other_stage(folder, own):
+    """Raises a UserError where a folder holds a run of the other stage, whose checkpoints a run of
+    this one would remove. own: the name of the weights that this stage writes."""
+    names = [os.path.basename(path) for path in glob.glob(f"{glob.escape(folder)}/*.safetensors")]
+    others = {"vae.safetensors", "sit.safetensors"} & set(names)
+    if others and own not in others and list_checkpoints(folder):
+        raise UserError(
+            f"{folder} holds a run of the other stage ({others.pop()} and its checkpoints); give "
+            "each stage its own --out"
+        )
+
+
+def refuse_weights_alone(folder, name):
+    """Raises a UserError where a folder holds the weights of a run without its checkpoints, as a
+    copy may: a new run would write over them. A run that was killed in its first save left the
+    folder for its checkpoints."""
+    path = os.path.join(folder, name)
+    if os.path.exists(path) and not os.path.isdir(os.path.join(folder, "checkpoints")):
+        raise UserError(
+            f"{path} is there without the folder checkpoints/, which is needed to resume: restore "
+            "it, give another --out (and --init to start from these weights), or begin anew with "
+            "--overwrite"
+        )
 
 
 def say_if_warming_up(args, saved):

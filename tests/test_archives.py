@@ -464,13 +464,17 @@ def make_refused(kind, files):
     if kind == "no pictures":
         write_zip("t.zip", {"a/b.txt": b"?"})
         return "t.zip", "has no pictures .*; left out: 1 .txt"
+    if kind == "in a folder":
+        os.mkdir("folder")
+        write_zip("folder/b.zip", files)
+        return "folder", r"left out: 1 .zip \(an archive is read where it is given itself\)"
+    return make_refused_classes(kind, files)
+
+
+def make_refused_classes(kind, files):
     if kind == "splits":
         write_zip("s.zip", {f"{part}/{name}": b"" for part in ("train", "val") for name in files})
         return "s.zip", "parts of a data set .train, val.* such as .*s.zip/train"
-    return make_refused_labels(kind, files)
-
-
-def make_refused_labels(kind, files):
     if kind == "label missing":
         write_tar("w.tar", {"1.png": files["a/00.png"], "1.cls": b"0", "2.png": files["b/00.png"]})
         return "w.tar", r"1 of 2 pictures have no label .*, the first is '2\.png'"
@@ -494,6 +498,7 @@ KINDS = [
     "text",
     "bzip2 in zip",
     "no pictures",
+    "in a folder",
     "label missing",
     "label of a folder missing",
     "damaged labels",

@@ -4,10 +4,12 @@ systems without locks."""
 import ast
 import contextlib
 import errno
+import io
 import multiprocessing
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 
@@ -17,9 +19,16 @@ import torch
 import common.pictures as pictures_module
 import common.runs as runs_module
 import train_vae
-from common.files import UserError
+from common.files import UserError, writing
 from common.pictures import ImageSet, PictureBlocks, TrainingBatches, load_batches, read_ahead
-from common.processes import Attendance, asked_to_stop, at_signal, sentence_for_user
+from common.processes import (
+    Attendance,
+    asked_to_stop,
+    at_signal,
+    run_main,
+    say,
+    sentence_for_user,
+)
 from common.runs import lock
 from conftest import PLAIN_VAE, ROOT, refused, script
 
@@ -259,3 +268,49 @@ def test_nothing_needs_a_module_that_windows_lacks():
     for folder in (".", "common", "probing", "tools"):
         for path in root.glob(f"{folder}/*.py"):
             assert ONLY_UNIX.isdisjoint(imports_at_the_top(path)), path
+
+
+# --------------------------------------------------------------------------------------------------
+# What terminals and shells do
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_a_run(monkeypatch):
+    """Also a UserError's sentence. Python takes ASCII where LANG is not set, as in a cron job."""
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
+    run_main(lambda: say("class 개"))
+    assert bytes_written.getvalue() == b"class \\uac1c\n"
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    """Shells leave the ~ in --data=~/pictures."""
+    monkeypatch.setenv("HOME", "/me")
+    words = ["--data=~/p", "--out", "~x", "--vfm", "a~/b", "--lpips-weights", "~/v", "w"]
+    args = train_vae.parse_arguments(words)
+    assert args.data == "/me/p"
+    assert args.out == "~x"
+    assert args.vfm == "a~/b"
+    assert args.lpips_weights == ["/me/v", "w"]
+
+
+def test_data_given_twice_are_no_union(capsys):
+    args = train_vae.parse_arguments(["--data", "p", "--lr", "1", "--data=q"])
+    assert args.data == "q"
+    assert "note: --data is given 2 times, and the last counts, q;" in capsys.readouterr().out
+    train_vae.parse_arguments(["--data", "p", "--data=p", "--lr", "1", "--lr", "2"])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_path_is_an_error_in_a_sentence(inside):
+    with open("file", "w"), pytest.raises(NotADirectoryError) as error, writing("file/x/y"):
+        pass
+    expected = f"error: {inside}/file/x: Not a directory; give another path, or mend this one"
+    assert sentence_for_user(error.value, "") == expected
+
+
+def test_a_full_disk_names_the_file(inside):
+    with pytest.raises(OSError) as error, writing("a/b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert sentence_for_user(error.value, "") == (
+        "error: No space left on device: a/b; make room and rerun the command"
+    )

@@ -39,7 +39,8 @@ def folder(inside, pictures):
 
 
 def flags(stage=train_sit, *words):
-    return stage.parse_arguments(["--data", "p", "--out", "run", *words])
+    data = [] if "--data" in words else ["--data", "p"]
+    return stage.parse_arguments([*data, "--out", "run", *words])
 
 
 def save_run(args, data, old=False):
@@ -259,6 +260,61 @@ def test_what_is_measured_may_change_but_is_said(folder, capsys):
         "--fid-ref was f.npz and is now g.npz",
         "--val was p with the hash 0 and is now p2 with the hash 1",
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders that are given by mistake
+
+
+def test_a_run_without_its_checkpoints_is_not_written_over(folder):
+    """A copy of a run often lacks them, since they are large."""
+    data = ImageSet("p")
+    save_run(flags(), data)
+    write_weights("run/sit.safetensors", "sit", {"x": torch.zeros(1)}, {}, {})
+    shutil.rmtree("run/checkpoints")
+    with pytest.raises(UserError, match=r"run/sit\.safetensors is there without the folder check"):
+        resume_run(flags(), data)
+    assert resume_run(flags(train_sit, "--overwrite"), data) == (0, None)
+    # What a kill in the first save leaves is no copy.
+    os.mkdir("run/checkpoints")
+    assert resume_run(flags(), data) == (0, None)
+
+
+def test_each_stage_has_a_folder_of_its_own(folder):
+    """--overwrite removed the checkpoints of the other one."""
+    data = ImageSet("p")
+    save_run(flags(train_vae), data)
+    write_weights("run/vae.safetensors", "vae", {"x": torch.zeros(1)}, {}, {})
+    for words in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"of the other stage \(vae\.safetensors"):
+            resume_run(flags(train_sit, *words), data)
+    assert resume_run(flags(train_vae), data, labelled=False)[0] == 3
+
+
+@pytest.mark.parametrize("out", ["p", "./p/runs/x", "link/runs"])
+def test_a_run_in_the_folder_of_its_pictures_is_refused(out, folder):
+    """Its grids would be pictures of the data at the next start."""
+    os.symlink("p", "link")
+    with pytest.raises(UserError, match=f"--out {out} is in the folder of --data p"):
+        resume_run(flags(train_sit, "--out", out), ImageSet("p"))
+    assert resume_run(flags(train_sit, "--out", "p/.runs/x"), ImageSet("p")) == (0, None)
+
+
+def test_latents_in_a_folder_that_cannot_be_written_are_used(folder, monkeypatch):
+    """Such as those of a VAE that a group shares."""
+    script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
+    words = [*SIT, "--repa", 0, "--data", "p", "--steps", 1]
+    script(train_sit, *words, "--out", "one")
+    lock = train_sit.lock
+
+    def refuse(folder, wait=False):
+        assert "latents" not in folder
+        return lock(folder, wait)
+
+    monkeypatch.setattr(train_sit, "lock", refuse)
+    for name in ("latents.npy", "done.npy"):
+        os.chmod(glob.glob(f"runs/vae/latents-*/{name}")[0], 0o444)
+    script(train_sit, *words, "--out", "two")
 
 
 # --------------------------------------------------------------------------------------------------

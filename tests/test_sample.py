@@ -7,6 +7,7 @@ as folders. The networks have random weights.
 import json
 import os
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,3 +235,39 @@ def test_preview_grids_are_no_samples(inside):
     for folder in ("runs/sit/samples", "runs/sit"):
         with pytest.raises(UserError, match="grids to look at; draw a set"):
             fid.Pictures(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Names that people give
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_drawing(networks, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw", lambda *_: pytest.fail("drawn"))
+    os.mkdir("folder.png")
+    os.mkdir("folder.npz")
+    pathlib.Path("file").touch()
+    for out, words in (
+        ("folder.png", ["--n", 1]),
+        ("file/x.png", ["--n", 1]),
+        ("folder.npz", ["--num", 2]),
+        ("file/x.npz", ["--num", 2]),
+        ("file/x", ["--num", 2]),
+    ):
+        message = refused(capsys, sample, "--sit", "sit", *words, "--out", out)
+        assert "cannot write " in message
+        assert out in message
+
+
+def test_endings_in_capitals(networks):
+    words = ["--sit", "sit", "--steps", 2, "--cfg", 1, "--precision", "fp32"]
+    script(sample, *words, "--num", 2, "--out", "SET.NPZ")
+    assert fid.Pictures("SET.NPZ").count == 2
+    script(sample, *words, "--n", 1, "--out", "GRID.PNG")
+    with Image.open("GRID.PNG") as image:
+        assert image.format == "PNG"
+
+
+def test_an_accent_may_be_a_letter_of_its_own(networks):
+    """macOS writes names of folders so, and keyboards do not."""
+    sit = SimpleNamespace(info=dict(classes=["e\u0301te\u0301", "hiver"]), num_classes=2)
+    assert sample.class_numbers(["\u00e9t\u00e9", "hiver", "0"], sit) == [0, 1, 0]
