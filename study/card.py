@@ -10,7 +10,7 @@ each measure stands beside those of the study's VAEs (study/scale.json), and the
 SiT's samples is predicted from them. On other data there is no such scale, and VAEs can be compared
 with each other only.
 
-It prints a table and writes card.json, card.png and <VAE>.png into --out (runs/card).
+It prints a table and writes card.json, card.png and pictures/ into --out (runs/card).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import nn
 
 from common.files import UserError, state_hash, write_json
 from common.flags import parse_flags, positive, two_or_more
-from common.processes import run_main, say, setup
+from common.processes import run_main, say, setup, world
 from common.runs import lock, provenance
 from common.weights import load_vae
 import fid
@@ -226,11 +226,18 @@ def scale_without(found, vaes):
     return found
 
 
-def verdicts(found, vae, values):
-    """{distance: Prediction} for a VAE with these values, as far as there are any."""
+def has_its_latents(card, found):
+    """Whether the latents of a card's VAE are of the side that the scale's have."""
+    side = card["latents"].split("x")[1]
+    return side == str(found.settings.get("latent size", side))
+
+
+def verdicts(found, card):
+    """{distance: Prediction} for the VAE of a card, as far as there are any."""
     predictions = {}
-    if vae.latent_size != found.settings.get("latent size", vae.latent_size):
+    if not has_its_latents(card, found):
         return predictions
+    values = card["measures"]
     for distance in DISTANCES:
         prediction = scale.predict(found, values, distance)
         if prediction is not None:
@@ -326,11 +333,17 @@ def verdict_lines(vae, card, found):
             line += f" (beyond the study's VAEs in {beyond}: do not rely on it)"
         lines.append(f"{line}.")
     if not lines:
-        lines.append(
-            f"{short_name(vae)}: no prediction, because its latents are {card['latents']}, and "
-            "those of the study's VAEs have another side."
-        )
+        lines.append(f"{short_name(vae)}: no prediction, because {why_no_prediction(card, found)}.")
     return lines
+
+
+def why_no_prediction(card, found):
+    if has_its_latents(card, found):
+        return f"too few of the study's {len(found.vaes)} VAEs have a distance and these measures"
+    return (
+        f"its latents are {card['latents']}, and those of the study's VAEs are "
+        f"{found.settings['latent size']} a side"
+    )
 
 
 def caution(found):
@@ -372,6 +385,11 @@ def card_of(bench, vae, path, picture):
 def main():
     args = parse_arguments()
     device = setup(args.device)
+    if world() > 1:
+        raise UserError("a report card is made by one process: start it with python, not torchrun")
+    # setup allows TF32 for training; measures are taken in full float32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     vaes, size = load_vaes(args, device)
     # A folder that cannot be written to is refused here, before minutes of work.
     lock(args.out)
@@ -387,10 +405,10 @@ def main():
     pictures = {}
     for path, vae in vaes.items():
         say(f"VAE       {path}, {vae.channels} channels at 1/{vae.factor}, {size} pixels")
-        pictures[path] = os.path.join(args.out, f"{slug(short_name(path))}.png")
+        pictures[path] = os.path.join(args.out, "pictures", f"{slug(short_name(path))}.png")
         card = card_of(bench, vae, path, pictures[path])
         if not reasons:
-            for distance, prediction in verdicts(found, vae, card["measures"]).items():
+            for distance, prediction in verdicts(found, card).items():
                 card["predictions"][distance] = prediction._asdict()
         cards[path] = card
 

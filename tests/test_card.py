@@ -353,13 +353,21 @@ def test_large_pictures_are_reduced_for_the_classifier(inside):
     torch.testing.assert_close(net(large)["pool"], net(small)["pool"])
 
 
-def test_the_latents_of_another_side_get_no_prediction(planted):
-    net = types.SimpleNamespace(latent_size=4)
+def test_no_prediction_for_latents_of_another_side_or_from_few_vaes(planted):
     found = planted._replace(settings={"latent size": 8})
-    values = {"class probe": 0.5, "gini": 0.3}
-    assert card.verdicts(found, net, values) == {}
-    net.latent_size = 8
-    assert list(card.verdicts(found, net, values)) == ["distance 2000"]
+    ours = {"latents": "4x4x4", "measures": {"class probe": 0.5, "gini": 0.3}, "predictions": {}}
+    assert card.verdicts(found, ours) == {}
+    (line,) = card.verdict_lines("vaes/x", ours, found)
+    assert line == (
+        "x: no prediction, because its latents are 4x4x4, and those of the study's VAEs are 8 a "
+        "side."
+    )
+    ours["latents"] = "16x8x8"
+    assert list(card.verdicts(found, ours)) == ["distance 2000"]
+    few = found._replace(vaes=dict(list(found.vaes.items())[:5]))
+    assert card.verdicts(few, ours) == {}
+    (line,) = card.verdict_lines("vaes/x", ours, few)
+    assert "too few of the study's 5 VAEs" in line
 
 
 def test_the_shipped_form_of_a_classifier_has_its_features(vae):
