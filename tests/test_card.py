@@ -432,6 +432,12 @@ def test_two_vaes_of_one_name_are_refused(own, capsys):
     assert "the same last part" in message
 
 
+def test_several_processes_are_refused(own, capsys, monkeypatch):
+    """Each would measure its share of the pictures only."""
+    monkeypatch.setattr(card, "world", lambda: 2)
+    assert "one process" in refused(capsys, CARD, "--vae", "vaes/vae", "--data", "data")
+
+
 def test_a_file_that_is_no_classifier_is_refused(own, capsys):
     words = ["--vae", "vaes/vae", "--data", "data", "--classifier", "vaes/vae/vae.safetensors"]
     assert "cannot be read as a classifier" in refused(capsys, CARD, *words)
