@@ -3,14 +3,15 @@ downloaded: the stand-in for a vision foundation model, and the judge of the sam
 
 import math
 import os
+import time
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
-from common.files import writing
+from common.files import reading, writing
 from common.pictures import from_uint8
 
 # A tiny CNN of timm. Its feature map at stride 8 is the grid of patch tokens, 4 x 4 of a 32 x 32
@@ -51,11 +52,20 @@ def build(name, classes):
     return model.to(memory_format=torch.channels_last)
 
 
-def save(model, path):
-    """Writes a model's weights under timm's own names."""
+def save(model, path, data):
+    """Writes a model's weights under timm's own names, and the fingerprint of the ImageSet that it
+    was trained on."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with writing(path) as file:
-        save_file(state, file.name)
+        save_file(state, file.name, {"data": data.fingerprint})
+
+
+def trained_on(path):
+    """-> the fingerprint of the ImageSet that a network was trained on, None if its file does not
+    say."""
+    with reading(path, "the weights of a network"), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    return metadata.get("data")
 
 
 def as_input(pictures):
@@ -92,16 +102,18 @@ def prediction_loss(predicted, labels, attributes):
     return loss
 
 
-def train(title, modules, loss_of, count, steps, batch, peak):
+def train(modules, loss_of, count, report, steps, batch, peak):
     """Trains modules for `steps` steps with AdamW, a warm-up and a cosine.
 
     loss_of(indices (b,) of a batch) -> scalar. count: of the pictures. peak: the highest learning
-    rate. title: names the network on the terminal."""
+    rate. report(share of the steps that are done, words) is called at the first step and then once
+    a second."""
     parameters = list(nn.ModuleList(modules).parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.02, fused=True)
     epochs = steps * batch // count + 1
     order = torch.cat([torch.randperm(count) for _ in range(epochs)])
-    for step in tqdm(range(steps), title, unit="step", mininterval=1):
+    next_report = time.time()
+    for step in range(steps):
         warmup = (step + 1) / 60
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = peak * min(warmup, cosine)
@@ -109,10 +121,13 @@ def train(title, modules, loss_of, count, steps, batch, peak):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if time.time() >= next_report:
+            next_report = time.time() + 1
+            report((step + 1) / steps, f"step {step + 1} of {steps}: loss {loss.item():.3f}")
 
 
-def fit(data, size, path, steps=400, batch=64, peak=4e-3):
-    """Trains the stand-in on an ImageSet and writes its weights under timm's own names.
+def fit(data, size, path, report, steps=400, batch=64, peak=4e-3):
+    """Trains the stand-in on an ImageSet and writes its weights. report: see train.
 
     It learns to predict classes and attributes, from its mean patch token too, so that the tokens
     hold what pictures differ in. With one class and no attributes it predicts quarter turns."""
@@ -139,13 +154,13 @@ def fit(data, size, path, steps=400, batch=64, peak=4e-3):
         return loss + prediction_loss(token_head(token), labels[index], attributes[index])
 
     modules = [model, pooled_head, token_head]
-    train(f"stand-in {NAME}", modules, loss_of, len(pictures), steps, batch, peak)
-    save(model, path)
+    train(modules, loss_of, len(pictures), report, steps, batch, peak)
+    save(model, path, data)
 
 
-def fit_judge(data, held_out, size, path, steps=250, batch=64, peak=4e-3):
-    """Trains the judge on the classes of an ImageSet, and writes its weights. The share of the
-    ImageSet `held_out` that it classifies correctly is printed."""
+def fit_judge(data, held_out, size, path, report, steps=250, batch=64, peak=4e-3):
+    """Trains the judge on the classes of an ImageSet, and writes its weights. report: see train.
+    -> the share of the ImageSet `held_out` that it classifies correctly"""
     pictures = data.stack(range(len(data)), size)
     labels = torch.from_numpy(data.labels)
     torch.manual_seed(1)
@@ -154,11 +169,10 @@ def fit_judge(data, held_out, size, path, steps=250, batch=64, peak=4e-3):
     def loss_of(index):
         return F.cross_entropy(model(as_input(pictures[index])), labels[index])
 
-    train(f"judge {JUDGE}", [model], loss_of, len(pictures), steps, batch, peak)
-    save(model, path)
+    train([model], loss_of, len(pictures), report, steps, batch, peak)
+    save(model, path, data)
     originals = held_out.stack(range(len(held_out)), size)
-    share = accuracy(path, originals, torch.from_numpy(held_out.labels), len(data.classes))
-    print(f"judge: classifies {share:.1%} of the {len(held_out)} pictures in {held_out.root} right")
+    return accuracy(path, originals, torch.from_numpy(held_out.labels), len(data.classes))
 
 
 @torch.no_grad()
