@@ -44,6 +44,7 @@ from common.pictures import (
     ImageSet,
     PictureBlocks,
     TrainingBatches,
+    decode_all,
     from_uint8,
     load_batches,
     say_if_enlarged,
@@ -618,7 +619,7 @@ def load_data(args, device, precision):
     args.resolution = vae.resolution
     # Another VAE is another setting, which `resume` refuses.
     args.vae_hash = vae.info["hash"]
-    data = ImageSet(args.data, args.check_data, args.skip_bad)
+    data = ImageSet(args.data, skip_bad=args.skip_bad)
     say(
         f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}; "
         f"VAE {args.vae}, hash {args.vae_hash}"
@@ -628,7 +629,8 @@ def load_data(args, device, precision):
 
 
 def load_latents(vae, data, args, device, precision):
-    """The cache of the pictures' latents, which is filled first."""
+    """The cache of the pictures' latents, which is filled first, after --check-data."""
+    decode_all(data, args.check_data)
     folder = cache_latents(vae, data, args, device, precision)
     if vae.info.get("latent_statistics") == NO_STATISTICS:
         measure_statistics(vae, folder)

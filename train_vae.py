@@ -39,6 +39,7 @@ from common.flags import (
 from common.pictures import (
     ImageSet,
     TrainingBatches,
+    decode_all,
     from_uint8,
     load_batches,
     say_if_enlarged,
@@ -796,7 +797,7 @@ def compiled_and_parallel(networks, args, device):
 def load_data(args):
     """The pictures to train on; the held-out ones or None; and what TrainingBatches adds to a batch
     for --shuffle-targets, or None."""
-    data = ImageSet(args.data, args.check_data, args.skip_bad)
+    data = ImageSet(args.data, skip_bad=args.skip_bad)
     val_data = ImageSet(args.val) if args.val else None
     say(f"data      {len(data)} pictures in {len(data.classes)} classes, {args.data}")
     say_if_enlarged(data, args.resolution)
@@ -836,6 +837,8 @@ def main():
         return
 
     # What the loop needs. `plain` holds the modules that are saved, `networks` those that run.
+    # Decoding takes hours on ImageNet, so it waits until the checkpoint is known to fit.
+    decode_all(data, args.check_data)
     networks = compiled_and_parallel(plain, args, device)
     ema_networks = networks._replace(net=ema)
     measurements = build_measurements(args, data, val_data, device, precision)

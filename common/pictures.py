@@ -793,6 +793,17 @@ class ImageSet:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
+def decode_all(data, wanted):
+    """Where `wanted`, does what check_data asks for, for an ImageSet that was made without it. The
+    labels stay as they are, since resuming may have changed them."""
+    if not wanted:
+        return
+    checked = ImageSet(data.root, check_data=True, skip_bad=data.skip_bad)
+    if checked.fingerprint != data.fingerprint:
+        raise UserError(f"{data.root} has changed since the command began; rerun it")
+    data.bad = checked.bad
+
+
 def say_if_enlarged(data, size):
     """Says if some pictures of a set are enlarged to `size` pixels."""
     if data.smallest < size:

@@ -18,7 +18,14 @@ import train_sit
 import train_vae
 from common.contents import edge_checksum, fingerprint_of, read_edges
 from common.files import UserError
-from common.pictures import FORMATS, ImageSet, TrainingBatches, examine_picture, load_image
+from common.pictures import (
+    FORMATS,
+    ImageSet,
+    TrainingBatches,
+    decode_all,
+    examine_picture,
+    load_image,
+)
 from common.processes import say
 from common.runs import list_checkpoints
 from common.weights import load_sit, load_vae
@@ -116,6 +123,17 @@ def test_a_cheap_check_is_not_taken_for_a_full_one(folder):
     write_bytes("p/a/03.png", data)
     with pytest.raises(UserError, match=r"03\.png"):
         ImageSet(folder, check_data=True)
+
+
+def test_decoding_may_come_later(folder):
+    paint_cut_bmp("p/a/bad.bmp")
+    data = ImageSet(folder, skip_bad=True)
+    assert not data.bad
+    decode_all(data, wanted=True)
+    assert [data.path(i) for i in data.bad] == [os.path.abspath("p/a/bad.bmp")]
+    paint("p/a/new.png")
+    with pytest.raises(UserError, match="has changed since the command began"):
+        decode_all(data, wanted=True)
 
 
 def make_bad_picture(kind, path):

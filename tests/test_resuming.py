@@ -148,7 +148,7 @@ def test_a_flag_changes_by_leave_only(stage, folder, capsys):
     assert "changed   --lr was 0.1 and is now 0.01" in capsys.readouterr().out
 
 
-def test_the_stages_record_and_compare(folder, capsys):
+def test_the_stages_record_and_compare(folder, capsys, monkeypatch):
     """Both stages, as commands: the second one refuses a renamed class, and trains on with another
     learning rate, which the next checkpoint records."""
     script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
@@ -159,10 +159,11 @@ def test_the_stages_record_and_compare(folder, capsys):
     latents = glob.glob("runs/vae/latents-*")
     os.rename("p/a", "p/z")
     assert "'a' of its 2 are gone" in refused(capsys, train_sit, *words, "--lr", 1e-4)
-    # Before hours were spent on their latents.
+    # Before hours were spent on their latents, or on decoding them.
     assert glob.glob("runs/vae/latents-*") == latents
-    message = refused(capsys, train_vae, *PLAIN_VAE, "--data", "p", "--steps", 2)
-    assert "runs/vae holds a run on other data" in message
+    monkeypatch.setattr(train_vae, "decode_all", lambda *_: pytest.fail("decoded"))
+    words = [*PLAIN_VAE, "--data", "p", "--steps", 2, "--check-data"]
+    assert "runs/vae holds a run on other data" in refused(capsys, train_vae, *words)
 
 
 # --------------------------------------------------------------------------------------------------
