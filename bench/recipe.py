@@ -79,11 +79,11 @@ RECIPES = {
     "no-ema-warmup": Recipe("default", PLAIN, "--no-ema-warmup"),
 }
 
-# Name in metrics.jsonl -> (heading, unit in which it is printed, digits).
+# Name in metrics.jsonl -> (heading, digits after the point).
 MEASURES = {
-    "val_psnr": ("PSNR, dB", 1, 3),
-    "val_align": ("alignment loss", 1, 4),
-    "disc": ("discriminator's loss", 1, 3),
+    "val_psnr": ("PSNR, dB", 3),
+    "val_align": ("alignment loss", 4),
+    "disc": ("discriminator's loss", 3),
 }
 
 
@@ -112,9 +112,8 @@ def parse_arguments(argv=None):
 
 def plan(args):
     """All runs as {name: Job}: the first seeds of every recipe come before all second ones."""
-    chosen = [
-        name for name in RECIPES if name in {*args.only, *(RECIPES[n].reference for n in args.only)}
-    ]
+    wanted = {*args.only, *(RECIPES[name].reference for name in args.only)}
+    chosen = [name for name in RECIPES if name in wanted]
     jobs = {"base": base_job(args)}
     for seed in range(max(args.seeds, args.variant_seeds)):
         for name in chosen:
@@ -243,7 +242,7 @@ def table(reference, runs):
 def measure_cells(measure, values, spread, reference, name):
     """A recipe's mean, and its difference from the reference with half the 95% interval; of the
     reference itself the mean, and the range of its seeds. values: {name: [number of each seed]}."""
-    digits = MEASURES[measure][2]
+    _, digits = MEASURES[measure]
     mean = f"{np.mean(values[name]):.{digits}f}"
     if name == reference:
         return mean, f"seeds {min(values[name]):.{digits}f} to {max(values[name]):.{digits}f}"
