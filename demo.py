@@ -1,4 +1,4 @@
-"""All of Send-VAE in five to six minutes on two CPU cores, with nothing downloaded. It is also the
+"""All of Send-VAE in four to six minutes on two CPU cores, with nothing downloaded. It is also the
 tutorial: each command is printed before it runs, and can be typed by hand.
 
     python demo.py                        # on 6,600 pictures of objects that it draws itself
@@ -54,7 +54,7 @@ VAE_FLAGS = f"""--resolution {SIZE} --spec f4d6 --ch 16 --ch-mult 1 2 2 --num-re
 
 # A small SiT without REPA, so that the two SiTs differ in nothing but their latents.
 SIT_FLAGS = """--patch 2 --depth 4 --width 128 --heads 4 --repa 0 --no-flip
-    --steps 3600 --batch-size 32 --lr 3e-3 --lr-schedule cosine --warmup 50 --ema 0.995
+    --steps 3000 --batch-size 32 --lr 3e-3 --lr-schedule cosine --warmup 50 --ema 0.995
     --preview-n 2 --preview-steps 20 --precision fp32 --workers 1 --no-compile
     --log-every 50"""
 
@@ -72,10 +72,10 @@ SHARE_TITLE = "samples classified as their class"
 SECONDS = {
     "Pictures": 4,
     "The judge": 7,
-    "The vision model": 12,
-    "Stage 1, the VAEs": 70,
-    "Stage 2, the SiTs": 175,
-    "Samples": 15,
+    "The vision model": 9,
+    "Stage 1, the VAEs": 63,
+    "Stage 2, the SiTs": 150,
+    "Samples": 12,
 }
 
 

@@ -35,6 +35,7 @@ from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import (
     autocast,
     barrier,
+    from_first_process,
     processor_seconds,
     rank,
     resolve_precision,
@@ -44,7 +45,14 @@ from common.processes import (
     without_tf32,
     world,
 )
-from common.runs import lock, mark_done, newest_result, provenance, resumable_array
+from common.runs import (
+    is_filled,
+    lock,
+    mark_done,
+    newest_result,
+    provenance,
+    resumable_array,
+)
 from common.weights import load_vae
 from probing import correlation, tables
 from probing.benchmarks import NEED_ATTRIBUTES, read_benchmarks
@@ -151,12 +159,29 @@ def cached_features(benchmark, encoder, size, dims, encode, args, device):
 
     encode: pictures (b,3,size,size) in [-1,1] -> features, (b,dims) once flattened. encoder: a name
     for it. Features are cached in a folder that is named by the encoder, the size and the
-    benchmark's pictures; blocks of pictures that are there already are not computed again. Raises
-    UserError for features that fp16 cannot hold."""
+    benchmark's pictures; blocks of pictures that are there already are not computed again. Where
+    another run is computing the same features, this waits for it. Raises UserError for features
+    that fp16 cannot hold."""
     name = f"features-{encoder}-{size}-{benchmark.fingerprint[:12]}"
     folder = os.path.join(args.cache, name)
     shape = (len(benchmark.names), dims)
+    path = os.path.join(folder, "features.npy")
+    # The first process decides for all: another run may be at its last block.
+    filled = is_filled(folder, "features.npy", np.float16, shape, PICTURES_A_BLOCK)
+    if from_first_process(int(filled)):
+        return np.load(path, mmap_mode="r")
+    lock_file = lock(folder, wait=True)
     array, done, todo = resumable_array(folder, "features.npy", np.float16, shape, PICTURES_A_BLOCK)
+    compute_features(array, done, todo, benchmark, encoder, size, encode, args, device)
+    barrier()
+    if lock_file is not None:
+        # From here on features are only read, so others may use them at the same time.
+        os.close(lock_file)
+    return np.load(path, mmap_mode="r")
+
+
+def compute_features(array, done, todo, benchmark, encoder, size, encode, args, device):
+    """Fills the blocks `todo` of cached_features' array; all processes share the work."""
     todo = todo[rank() :: world()]
     pictures = PictureBlocks(benchmark.load, size, len(array), PICTURES_A_BLOCK)
     batches = load_batches(pictures, todo.tolist(), args.workers, device)
@@ -177,8 +202,6 @@ def cached_features(benchmark, encoder, size, dims, encode, args, device):
         start = block * PICTURES_A_BLOCK
         array[start : start + len(features)] = features
         mark_done(array, done, block)
-    barrier()
-    return np.load(os.path.join(folder, "features.npy"), mmap_mode="r")
 
 
 # --------------------------------------------------------------------------------------------------

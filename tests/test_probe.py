@@ -7,6 +7,7 @@ the published formats, latents with known contents, and the command from end to 
 import csv
 import json
 import os
+import subprocess
 import sys
 import warnings
 from functools import partial
@@ -25,7 +26,7 @@ import train_vae
 from common.files import write_weights
 from common.pictures import from_uint8
 from common.weights import load_vae
-from conftest import PLAIN_VAE, refused, script, torchrun
+from conftest import PLAIN_VAE, command, refused, script, torchrun
 from probing import benchmarks, editing, latent_shape, multilabel
 from probing.benchmarks import read_benchmarks
 from probing.correlation import correlate, report
@@ -959,6 +960,20 @@ def test_cached_features_are_used_again(made, monkeypatch):
     run_probe(*words, "--out", "again")
     first = read_result("first")["results"]["pictures"]["F1 macro"]
     assert read_result("again")["results"]["pictures"]["F1 macro"] == first
+
+
+def test_two_runs_at_once_share_the_features(made):
+    """The second waits until those of the first are complete."""
+    flags = ["--vae", "runs/vae2", "--workers", 0, "--cache", "shared", "--pictures", 0]
+    runs = []
+    for out in ("one", "two"):
+        words = command(1, "probe", *flags, "--task", "attributes", "--out", out)
+        runs.append(subprocess.Popen(words, cwd=made, stderr=subprocess.PIPE, text=True))
+    for run in runs:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    scores = [read_result(os.path.join(made, out))["results"]["pictures"] for out in ("one", "two")]
+    assert scores[0]["F1 macro"] == scores[1]["F1 macro"]
 
 
 # More features (256) than rows, and fewer.

@@ -19,7 +19,7 @@ from common.processes import run_main
 
 # Counts the versions of this file that draw other pictures with the same settings, so that those of
 # an earlier one are not taken for this one's.
-DRAWING = 2
+DRAWING = 3
 
 
 def circle(radius):
@@ -45,11 +45,13 @@ COLOURS = {
     "Red": (215, 35, 35),
     "Yellow": (240, 200, 20),
     "Green": (35, 165, 60),
+    "Cyan": (40, 200, 220),
     "Blue": (45, 70, 220),
+    "Magenta": (205, 50, 185),
 }
 TEXTURES = ["Solid", "Striped"]
 BACKGROUNDS = ["Dark_Background", "Light_Background"]
-POSES = ["Large", "Left"]
+POSES = ["Large", "Left", "Top"]
 ATTRIBUTES = [
     *(shape.capitalize() for shape in SHAPES),
     *COLOURS,
@@ -103,19 +105,19 @@ def draw_picture(shape, size, rng):
     The calls of `rng` and their order make the data set what it is."""
     colour_name = choose(COLOURS, rng)
     texture = choose(TEXTURES, rng)
-    # The background is dark or light, but always dark behind yellow.
-    dark = colour_name == "Yellow" or rng.random() < 0.5
+    # The background is dark or light, but always dark behind the bright colours.
+    dark = colour_name in ("Yellow", "Cyan") or rng.random() < 0.5
     background = "Dark_Background" if dark else "Light_Background"
-    large, left = rng.random(2) < 0.5
+    large, left, top = rng.random(3) < 0.5
     names = {shape.capitalize(), colour_name, texture, background}
-    for name, present in zip(POSES, (large, left), strict=True):
+    for name, present in zip(POSES, (large, left, top), strict=True):
         if present:
             names.add(name)
 
-    # Two sizes and two places: a SiT learns these in minutes, but not an object anywhere, of any
+    # Two sizes and four places: a SiT learns these in minutes, but not an object anywhere, of any
     # size, turned by any angle.
     radius = 13 if large else 10
-    centre = (14 if left else 18, 16)  # x, y
+    centre = (14 if left else 18, 14 if top else 18)  # x, y
 
     grey = rng.uniform(45, 65) if dark else rng.uniform(200, 220)
     picture = np.full((size, size, 3), grey)
