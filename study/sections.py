@@ -177,4 +177,9 @@ REMARKS = {
     "its luck. Seeds of the tuning, which differ by 0.01 dB, do not show this. The difference "
     "between `plain` and `send` is kept: -1.42 dB now, -1.38 dB recorded. Next: two more seeds of "
     "`base`.",
+    13: "One SiT each so far. Drawn from the weights themselves, `send` is behind by 1.7 at step "
+    "100 and 4.4 at 200, and ahead from 300 on. Drawn from the average it is behind by 15 at step "
+    "100 and still behind at 400. So most of the early lag seems to be the average, which still "
+    "holds initial weights, and these hurt more on aligned latents. Next: the other seeds, and the "
+    "smaller learning rate.",
 }
