@@ -781,7 +781,10 @@ def run_job(benchmark, label, job, args, device):
     if job.channels is None:
         return values, about
     if "editing" in args.task and has_attributes:
-        task_values, about["editing"] = edit_one(benchmark, label, job, probe, args, device)
+        vae = load_vae(label, device)
+        task_values, about["editing"] = edit_one(
+            benchmark, label, vae, job.features, probe, args, device
+        )
         values.update(task_values)
         clock.stop("editing")
     for task, function in (("uniformity", uniformity), ("mixture", mixture)):
@@ -820,21 +823,18 @@ def disentangle_one(benchmark, features, probe):
     )
 
 
-def edit_one(benchmark, label, job, probe, args, device):
-    """Edits the attributes of pictures in the latents of the VAE at the path `label`
-    -> {measure: [value]}, and what result.json records."""
-    vae = load_vae(label, device)
+def edit_one(benchmark, label, vae, latents, probe, args, device):
+    """Edits the attributes of pictures in a VAE's flattened latents (N,D)
+    -> {measure: [value]}, and what result.json records. label: the VAE's name in files."""
     side = vae.latent_size
 
     @torch.no_grad()
-    def decode(latents):
-        maps = latents.to(device).view(len(latents), vae.channels, side, side)
+    def decode(edited):
+        maps = edited.to(device).view(len(edited), vae.channels, side, side)
         return to_uint8(vae.decode(vae.denormalize(maps))).cpu()
 
     weight = probe.weight.cpu()
-    return edit_attributes(
-        benchmark, label, weight, job.features, decode, vae.resolution, args, device
-    )
+    return edit_attributes(benchmark, label, weight, latents, decode, vae.resolution, args, device)
 
 
 def main():

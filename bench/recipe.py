@@ -38,6 +38,7 @@ from common.weights import load_vae
 from fid import Pictures
 from models import LPIPS
 from study.run import MAPPER, NETWORK, Command, Job, run_jobs
+from study.text import pooled_spread
 
 OUT = "runs/recipe"
 BASE_STEPS = 2000
@@ -188,16 +189,6 @@ def read_recipe(out, name):
     while (run := read_run(f"{out}/{run_name(name, len(found))}")) is not None:
         found.append(run)
     return found
-
-
-def pooled_spread(groups):
-    """Lists of numbers -> the standard deviation of a number around its list's mean, from all lists
-    together; and its degrees of freedom. (nan, 0) if no list has two numbers."""
-    freedom = sum(len(group) - 1 for group in groups)
-    if freedom == 0:
-        return np.nan, 0
-    squares = sum(np.var(group) * len(group) for group in groups)
-    return np.sqrt(squares / freedom), freedom
 
 
 def difference(reference, variant, spread, freedom):

@@ -8,12 +8,10 @@ import time
 import torch
 
 from common.files import UserError
-from common.pictures import to_uint8
 from common.processes import say
 import fid
 import probe
 from probing.benchmarks import read_benchmarks
-from probing.editing import edit_attributes
 from probing.latent_shape import latent_points, uniformity
 from study.attributes import CLASSES, write_attributes
 
@@ -195,24 +193,8 @@ def attributes(bench, vae, label):
             values[f"dci {name}"] = found[f"DCI {name}"][0]
     if bench.args.leakage:
         with bench.timed("leakage"):
-            values["leakage"] = leakage(bench, vae, label, benchmark, job, fitted, args)
+            found, _ = probe.edit_one(
+                benchmark, label, vae, job.features, fitted, args, bench.device
+            )
+            values["leakage"] = found["edit: leakage"][0]
     return values
-
-
-def leakage(bench, vae, label, benchmark, job, fitted, args):
-    @torch.no_grad()
-    def decode(latents):
-        maps = latents.to(bench.device).unflatten(1, (vae.channels, vae.latent_size, -1))
-        return to_uint8(vae.decode(vae.denormalize(maps))).cpu()
-
-    found, _ = edit_attributes(
-        benchmark,
-        label,
-        fitted.weight.cpu(),
-        job.features,
-        decode,
-        vae.resolution,
-        args,
-        bench.device,
-    )
-    return found["edit: leakage"][0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study.text import mean_and_half
+from study.text import mean_and_half, pooled_spread
 
 MAX_SIT_SEEDS = 20
 
@@ -158,9 +158,8 @@ class Results:
         groups = [group for group in groups if len(group) > 1]
         if not groups:
             return None
-        degrees = sum(len(group) - 1 for group in groups)
-        squares = sum(np.var(group) * len(group) for group in groups)
-        return float(np.sqrt(squares / degrees)), degrees
+        standard_deviation, degrees = pooled_spread(groups)
+        return float(standard_deviation), degrees
 
     # ---- measures of a VAE -----------------------------------------------------------------------
 

@@ -22,6 +22,16 @@ def mean_and_half(values):
     return float(np.mean(values)), float(half)
 
 
+def pooled_spread(groups):
+    """Lists of numbers -> the standard deviation of a number around its list's mean, from all lists
+    together; and its degrees of freedom. (nan, 0) if no list has two numbers."""
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom == 0:
+        return np.nan, 0
+    squares = sum(np.var(group) * len(group) for group in groups)
+    return np.sqrt(squares / freedom), freedom
+
+
 def deviation(values):
     """Values of several seeds as 'standard deviation (n)'."""
     if len(values) < 2:
