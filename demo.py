@@ -303,7 +303,8 @@ class Progress:
         line = f"{done:4.0%} done, {minutes}:{seconds:02d} left in all; {words}"
         if self.is_terminal:
             filled = round(20 * done)
-            line = f"[{'#' * filled}{'.' * (20 - filled)}]{line}"
+            bar = "#" * filled + "." * (20 - filled)
+            line = f"[{bar}]{line}"
             line = line[: shutil.get_terminal_size().columns - 1]
             print("\r" + line.ljust(self.line_length), end="", flush=True)
             self.line_length = len(line)
@@ -314,7 +315,8 @@ class Progress:
     def print(self, text):
         """Prints text in place of the bar, which the next report draws below it."""
         if self.line_length > 0:
-            print("\r" + " " * self.line_length, end="\r")
+            blanks = " " * self.line_length
+            print(f"\r{blanks}\r", end="")
             self.line_length = 0
         print(text, flush=True)
 
