@@ -994,3 +994,37 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x):
         """Images (B,3,H,W) in [-1,1] -> logits (B,1,H/8-2,W/8-2), fp32, high for real patches."""
         return self.main(x).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def compile_network(network):
+    """Has torch.compile translate a network, in place, when it is first called: block by block
+    where it repeats blocks, else as a whole. Equal blocks share one translation, so that a SiT-XL
+    waits for 1 block instead of 28. The code is for the sizes that it meets, since code for any
+    size is slower."""
+    # The blocks of a VAE have more sizes than the 8 that torch allows a function by default.
+    torch._dynamo.config.recompile_limit = 64
+    for part in repeated_blocks(network) or [network]:
+        part.compile(dynamic=False)
+
+
+def repeated_blocks(network):
+    """The residual, attention and transformer blocks in a network, a list; [] if it has none that
+    we know."""
+    blocks = []
+    for module in network.modules():
+        if isinstance(module, (ResnetBlock, AttnBlock, MapperBlock, SiTBlock)):
+            blocks.append(module)
+        if isinstance(module, VFM):
+            blocks += transformer_blocks(module.model)
+    return blocks
+
+
+def transformer_blocks(model):
+    """The blocks of a timm vision transformer; [] for a network of stages, such as a CNN."""
+    blocks = getattr(model, "blocks", ())
+    kinds = {type(block) for block in blocks}
+    return list(blocks) if len(kinds) == 1 and nn.Sequential not in kinds else []

@@ -54,6 +54,7 @@ from common.processes import (
 from common.published import SIT_FORMATS
 from common.runs import lock, mark_done, newest_result, provenance, resumable_array
 from common.weights import load_sit, load_vae
+from models import compile_network
 
 
 def parse_arguments(argv=None):
@@ -655,11 +656,11 @@ def main():
     # Pictures
     args.compile = wants_compile(args, device)
     if args.compile:
-        # The SiT is compiled once for a batch and once, with guidance, for a doubled one. With the
-        # null half in all steps once would do, but sampling with the default flags would then take
-        # a seventh longer. Code for any size would be slower than code for these two.
-        sit.forward = torch.compile(sit.forward, dynamic=False)
-        vae.decode = torch.compile(vae.decode, dynamic=False)
+        # The SiT's blocks are compiled once for a batch and once, with guidance, for a doubled one.
+        # With the null half in all steps once would do, but sampling with the default flags would
+        # then take a seventh longer.
+        compile_network(sit)
+        compile_network(vae)
     if args.num:
         draw_set(sit, vae, args, device, precision, settings)
     else:

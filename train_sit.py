@@ -93,7 +93,7 @@ from common.training import (
     weighted_sum,
 )
 from common.weights import load_sit, load_vae
-from models import VFM, SiT
+from models import VFM, SiT, compile_network
 from sample import check_channels, draw, set_labels, take_statistics
 
 # The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
@@ -595,15 +595,14 @@ def start_from(net, start, path):
 
 
 def compiled_and_parallel(networks, args, device):
-    """The forms in which the networks run: compiled where asked for, and parallel where trained.
-    The plain modules are the ones that are saved.
+    """The networks as they run: compiled where asked for, which happens in place, and the SiT
+    wrapped for several processes. The modules inside are the ones that are saved.
     """
-    net = networks.net
-    vfm = networks.vfm
     if wants_compile(args, device):
-        net = torch.compile(net)
-        vfm = None if vfm is None else torch.compile(vfm)
-    return networks._replace(net=parallel(net), vfm=vfm)
+        compile_network(networks.net)
+        if networks.vfm is not None:
+            compile_network(networks.vfm)
+    return networks._replace(net=parallel(networks.net))
 
 
 # --------------------------------------------------------------------------------------------------

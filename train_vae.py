@@ -76,7 +76,7 @@ from common.training import (
     weighted_sum,
 )
 from common.weights import load_vae
-from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator
+from models import LPIPS, VAE, VFM, Mapper, PatchDiscriminator, compile_network
 
 # The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
 FREE = {
@@ -771,24 +771,17 @@ def describe(networks):
 
 
 def compiled_and_parallel(networks, args, device):
-    """The forms in which the networks run: compiled where asked for, and parallel where trained.
-    The plain modules are the ones that are saved.
+    """The networks as they run: compiled where asked for, which happens in place, and those that
+    are trained wrapped for several processes. The modules inside are the ones that are saved.
     """
-
-    def prepare(network, trained):
-        if network is None:
-            return None
-        if wants_compile(args, device):
-            network = torch.compile(network)
-        return parallel(network) if trained else network
-
-    return Networks(
-        net=prepare(networks.net, trained=True),
-        vfm=prepare(networks.vfm, trained=False),
-        lpips=prepare(networks.lpips, trained=False),
-        discriminator=prepare(networks.discriminator, trained=True),
-        latent_shape=networks.latent_shape,
-    )
+    net, vfm, lpips, discriminator, _ = networks
+    if wants_compile(args, device):
+        for network in (net, vfm, lpips, discriminator):
+            if network is not None:
+                compile_network(network)
+    if discriminator is not None:
+        discriminator = parallel(discriminator)
+    return networks._replace(net=parallel(net), discriminator=discriminator)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def inference(setting, function):
 def vfm_forward(setting, batch):
     vfm = random_vfm(setting)
     if setting.compile:
-        vfm = torch.compile(vfm)
+        models.compile_network(vfm)
     x = from_uint8(random_pictures(batch, 256, setting.device))
     return inference(setting, lambda: vfm(x)), batch
 
@@ -362,7 +362,7 @@ def sampling(setting, size, batch, sampler, steps, cfg, timed_steps=4, **shape):
     # could be trained.
     net = wake(models.SiT(size, **shape)).to(setting.device).eval()
     if setting.compile:
-        net.forward = torch.compile(net.forward, dynamic=False)
+        models.compile_network(net)
     ids = torch.arange(batch, device=setting.device)
     latent = (net.channels, net.latent_size, net.latent_size)
 
@@ -383,9 +383,10 @@ def sampling(setting, size, batch, sampler, steps, cfg, timed_steps=4, **shape):
 
 def decoding(setting, spec, batch, size):
     vae = frozen_vae(setting, spec, size)
-    decode = torch.compile(vae.decode) if setting.compile else vae.decode
+    if setting.compile:
+        models.compile_network(vae)
     z = torch.randn(batch, vae.channels, vae.latent_size, vae.latent_size).to(setting.device)
-    return inference(setting, lambda: to_uint8(decode(z))), batch
+    return inference(setting, lambda: to_uint8(vae.decode(z))), batch
 
 
 def caching(setting, spec, batch, size):
