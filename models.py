@@ -1007,6 +1007,9 @@ def compile_network(network):
     size is slower."""
     # The blocks of a VAE have more sizes than the 8 that torch allows a function by default.
     torch._dynamo.config.recompile_limit = 64
+    # Gradients of a block are sent while others are computed. Under DistributedDataParallel torch
+    # would cut the code of each block once more for that.
+    torch._dynamo.config.optimize_ddp = False
     for part in repeated_blocks(network) or [network]:
         part.compile(dynamic=False)
 

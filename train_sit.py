@@ -93,7 +93,7 @@ from common.training import (
     weighted_sum,
 )
 from common.weights import load_sit, load_vae
-from models import VFM, SiT, compile_network
+from models import VFM, SiT
 from sample import check_channels, draw, set_labels, take_statistics
 
 # The flags of this stage that may change when a run is resumed, beside common.flags.FREE_FLAGS.
@@ -599,9 +599,11 @@ def compiled_and_parallel(networks, args, device):
     wrapped for several processes. The modules inside are the ones that are saved.
     """
     if wants_compile(args, device):
-        compile_network(networks.net)
+        # As wholes: block by block (models.compile_network), the step of a SiT-XL/1 with 32
+        # pictures took 1.33 times as long on an H200. The first step took 93 s instead of 21 s.
+        networks.net.compile(dynamic=False)
         if networks.vfm is not None:
-            compile_network(networks.vfm)
+            networks.vfm.compile(dynamic=False)
     return networks._replace(net=parallel(networks.net))
 
 

@@ -3,6 +3,7 @@ that is at hand for minutes only.
 
     python -m bench.gpu                        # everything, 450 seconds at most
     python -m bench.gpu --only draws vae-fp32  # these checks (--list names them)
+    python -m bench.gpu --only speed           # the second part; --only correctness: the first
     python -m bench.gpu --write                # also appends the results to BENCHMARKS.md
     python -m bench.gpu --device cpu --tiny    # a rehearsal on a CPU, about two minutes
 
@@ -480,6 +481,7 @@ def matrix_rates(options):
 
 def timed(options, make, batch, arguments, compile=False, baseline=False, repeats=5):
     """The speed of a row of bench/speed.py."""
+    begin = time.monotonic()
     device = speed.baseline_device(options.device) if baseline else setup(options.device)
     precision = "fp32" if baseline else "bf16"
     setting = speed.Setting(device, precision, compile, baseline)
@@ -489,11 +491,13 @@ def timed(options, make, batch, arguments, compile=False, baseline=False, repeat
         # Operations are proportional to the batch, and a small one fits any memory.
         step, pictures = make(setting._replace(compile=False), batch=2, **arguments)
         operations = speed.count_operations(step) / pictures
+        # Said at once, so that a check that is cut off shows where its time went.
+        yield {"batch": batch, "eager step of 2 after, s": time.monotonic() - begin}
         del step
         free_memory(device)
         try:
             step, pictures = make(setting, batch=batch, **arguments)
-            yield {"batch": batch, "first step, s": speed.seconds(setting, step)}
+            yield {"first step, s": speed.seconds(setting, step)}
             times = time_steps(setting, step, repeats)
         except torch.OutOfMemoryError:
             yield {"fits the memory": False}
@@ -656,6 +660,22 @@ def list_checks(options):
     return checks
 
 
+def chosen(checks, names):
+    """Those of the checks that --only names, by name or as one of the two parts, and "prepare"."""
+    parts = {
+        "correctness": [check.name for check in checks if not check.alone],
+        "speed": [check.name for check in checks if check.alone],
+    }
+    wanted = {"prepare"}
+    for name in names:
+        wanted.update(parts.get(name, [name]))
+    unknown = sorted(wanted - {check.name for check in checks})
+    if unknown:
+        known = [*parts, *[check.name for check in checks]]
+        raise UserError(f"--only {' '.join(unknown)}: the checks are {', '.join(known)}")
+    return [check for check in checks if check.name in wanted]
+
+
 def correctness_checks(steps):
     cpu = "--device cpu"
     bf16 = "--precision bf16"
@@ -697,22 +717,22 @@ def speed_checks():
     plain = dict(baseline=True, repeats=3)
     check = measurement
     return [
-        check("vae-32", vae_speed, 120, batch=32, compile=True),
         check("vae-16-baseline", vae_speed, 60, batch=16, **plain),
-        check("sit-XL/1-32", sit_speed, 100, **sit_XL_1, compile=True),
-        check("sampling", sampling_speed, 90, batch=64, compile=True),
+        check("vae-32-eager", vae_speed, 90, batch=32),
+        check("vae-32", vae_speed, 240, batch=32, compile=True),
+        check("sit-XL/1-32", sit_speed, 180, **sit_XL_1, compile=True),
         check("sampling-baseline", sampling_speed, 60, batch=64, **plain),
+        check("sampling", sampling_speed, 90, batch=64, compile=True),
         check("loaders-16", loader_speed, 40, workers=16),
         check("loaders-8", loader_speed, 40, workers=8),
-        check("vae-32-eager", vae_speed, 60, batch=32),
+        check("vae-32-no-benchmark", vae_speed, 60, batch=32, benchmark=False),
         check("sit-XL/1-32-eager", sit_speed, 60, **sit_XL_1),
         check("cache", caching_speed, 60, batch=256),
         check("decode", decoding_speed, 60, batch=64),
         check("fid-features", fid_speed, 60, batch=64),
         check("vae-32-contiguous", vae_speed, 60, batch=32, layout="contiguous"),
-        check("vae-32-no-benchmark", vae_speed, 60, batch=32, benchmark=False),
-        check("vae-64", vae_speed, 120, batch=64, compile=True),
-        check("sit-XL/2-32", sit_speed, 100, **sit_XL_2, compile=True),
+        check("vae-64", vae_speed, 240, batch=64, compile=True),
+        check("sit-XL/2-32", sit_speed, 180, **sit_XL_2, compile=True),
         check("decode-compiled", decoding_speed, 90, batch=64, compile=True),
         check("vae-64-eager", vae_speed, 60, batch=64),
     ]
@@ -960,7 +980,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks: a rehearsal")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks, or a part")
     parser.add_argument("--list", action="store_true", help="print the names of the checks")
     parser.add_argument("--limit", type=float, default=450, help="seconds for everything")
     parser.add_argument("--write", action="store_true", help="append to BENCHMARKS.md")
@@ -981,11 +1001,8 @@ def main():
         if args.list:
             print("\n".join(names))
             return
-        unknown = sorted(set(args.only or ()) - set(names))
-        if unknown:
-            raise UserError(f"--only {' '.join(unknown)}: the checks are {', '.join(names)}")
         if args.only:
-            checks = [check for check in checks if check.name in ("prepare", *args.only)]
+            checks = chosen(checks, args.only)
 
         def done(result):
             record["checks"].append(result)

@@ -469,9 +469,11 @@ def parallel(module):
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = SyncBatchNorm
-    # Networks are compiled block by block, so that the gradients of a block are sent while others
-    # are computed. torch would cut the code of each block once more.
-    torch._dynamo.config.optimize_ddp = False
+    recomputes = any(getattr(part, "grad_checkpoint", False) for part in module.modules())
+    if recomputes and torch.__version__ < (2, 14):
+        # Such a graph, compiled, is not cut into parts whose gradients are sent while others are
+        # computed: torch 2.6 and 2.8 fail to, with "KeyError: 'val'". torch 2.14 can.
+        torch._dynamo.config.optimize_ddp = False
     # Buffers are equal on all processes already. torch 2.14 has a new name for the argument.
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
