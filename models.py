@@ -1005,8 +1005,9 @@ def compile_network(network):
     where it repeats blocks, else as a whole. Equal blocks share one translation, so that a SiT-XL
     waits for 1 block instead of 28. The code is for the sizes that it meets, since code for any
     size is slower."""
-    # The blocks of a VAE have more sizes than the 8 that torch allows a function by default.
-    torch._dynamo.config.recompile_limit = 64
+    # The blocks of a VAE have more sizes than the 8 that torch allows a function by default. (The
+    # limit is called recompile_limit since torch 2.7, which knows the older name too.)
+    torch._dynamo.config.cache_size_limit = 64
     # Gradients of a block are sent while others are computed. Under DistributedDataParallel torch
     # would cut the code of each block once more for that.
     torch._dynamo.config.optimize_ddp = False

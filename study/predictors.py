@@ -108,9 +108,12 @@ def dagger_note(results, vaes):
 
 
 class Table(NamedTuple):
-    """What is known of the VAEs that have a distance at one SiT step."""
+    """What is known of the VAEs that have a distance at one SiT step. The distances are all of the
+    SiTs at hand, or all of the earlier training's: those were on other files, and with other VAEs
+    of the same recipes."""
 
     step: int
+    is_recorded: bool
     vaes: list
     # {VAE: number}
     distances: dict
@@ -126,11 +129,21 @@ class Table(NamedTuple):
 
 
 def read_table(results, vaes, step):
-    distances = {vae: results.mean_distance(vae, step) for vae in vaes}
-    measured = [vae for vae in vaes if distances[vae] is not None]
-    numbers = {vae: results.measures(vae) for vae in measured}
-    measured = [vae for vae in measured if any(n is not None for n in numbers[vae].values())]
-    return Table(step, measured, distances, numbers)
+    found = {vae: results.distance(vae, step) for vae in vaes}
+    at_hand = [vae for vae in vaes if found[vae] and not found[vae].is_recorded]
+    recorded = [vae for vae in vaes if found[vae] and found[vae].is_recorded]
+    # Too few new distances to compare say less than the recorded ones.
+    is_recorded = bool(recorded) and len(at_hand) < MIN_VAES_TO_PREDICT
+    known = recorded if is_recorded else at_hand
+    numbers = {vae: results.measures(vae) for vae in known}
+    known = [vae for vae in known if any(n is not None for n in numbers[vae].values())]
+    return Table(step, is_recorded, known, {vae: found[vae].mean for vae in known}, numbers)
+
+
+def table_title(table):
+    """Which distances a table has, as the end of a sentence."""
+    whose = "of the earlier training †" if table.is_recorded else "of the SiTs at hand"
+    return f"step {table.step}, distances {whose}"
 
 
 def groups_of(results, table):
@@ -158,7 +171,7 @@ def probe_section(results, vaes):
     lines = ["## 8. Does the probe predict the distance?", "", text, ""]
     for step in (results.compare_step, results.last_step):
         table = read_table(results, vaes, step)
-        lines += [f"At step {step}:", "", *correlation_table(results, table), ""]
+        lines += [f"At {table_title(table)}:", "", *correlation_table(results, table), ""]
     return [*lines, *dagger_note(results, vaes)]
 
 
@@ -213,11 +226,9 @@ def draw_probe(results, vaes, path):
     """Draws the distance over the class probe, a dot for each VAE. Returns whether there are
     enough."""
     groups = {kind: [] for kind in LABELS}
-    for vae in vaes:
-        distance = results.mean_distance(vae)
-        accuracy = results.probe(vae, "class probe")
-        if distance is not None and accuracy is not None:
-            groups[results.kind(vae)].append((100 * accuracy[0], distance, vae))
+    table = read_table(results, vaes, results.compare_step)
+    for vae, accuracy, distance in zip(*table.columns("class probe", table.vaes), strict=True):
+        groups[results.kind(vae)].append((100 * accuracy, distance, vae))
     if sum(len(points) for points in groups.values()) < MIN_VAES_TO_CORRELATE:
         return False
     labelled = {LABELS[kind]: (COLOURS[kind], points) for kind, points in groups.items() if points}
@@ -408,7 +419,7 @@ def prediction_section(results, vaes):
         "",
     ]
     for table in tables:
-        lines += [f"At step {table.step}:", "", *prediction_table(results, table, vaes), ""]
+        lines += [f"At {table_title(table)}:", "", *prediction_table(results, table, vaes), ""]
     lines += dagger_note(results, vaes)
     lines += [
         "Which measures predict a VAE of a family that they have not seen? A straight line, or a "

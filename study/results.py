@@ -130,11 +130,6 @@ class Results:
             return None
         return Distance(found["mean"], found.get("half_interval"), found["sits"], True)
 
-    def mean_distance(self, vae, step=None):
-        """The mean of distance(...), or None."""
-        found = self.distance(vae, step)
-        return None if found is None else found.mean
-
     def over_vae_seeds(self, vae, sit_seed=None, step=None):
         """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the
         mean over its SiTs. Seeds without such a value are left out."""

@@ -675,7 +675,7 @@ def test_correlations_without_a_family_go_from_the_weakest_to_the_strongest():
     values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     distances = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 9.0]
     numbers = {vae: {"iFID": value} for vae, value in zip(vaes, values, strict=True)}
-    table = predictors.Table(1, vaes, dict(zip(vaes, distances, strict=True)), numbers)
+    table = predictors.Table(1, False, vaes, dict(zip(vaes, distances, strict=True)), numbers)
     found = predictors.correlations_without_families(table, "iFID", predictors.pearson)
     assert set(found) == {"plain", "send", "loss"}
     assert found["loss"] == pytest.approx(-1)
@@ -768,6 +768,25 @@ def test_the_page_has_ifid_editing_and_the_scale(inside, pictures, monkeypatch):
     assert (plain["distance 2000"], plain["distance 2000 is"]) == (7.08, "recorded")
 
 
+def test_new_and_recorded_distances_are_never_in_one_fit(inside):
+    """The recorded ones are taken until eight VAEs have new ones."""
+    recorded = results.read_recorded(study.SIZES["full"])
+    found = results.Results("out", (750, 2000), 750, recorded)
+    vaes = list(recorded["vaes"])
+    for vae in vaes:
+        write_measures(vae)
+    write_runs({(vae, 0, 750, ""): 500.0 for vae in vaes[:7]})
+    table = predictors.read_table(found, vaes, 750)
+    assert table.is_recorded
+    assert table.vaes == [vae for vae in vaes if vae not in vaes[:7]]
+    assert max(table.distances.values()) < 100
+    write_runs({(vaes[7], 0, 750, ""): 500.0})
+    table = predictors.read_table(found, vaes, 750)
+    assert not table.is_recorded
+    assert table.distances == dict.fromkeys(vaes[:8], 500.0)
+    assert "of the SiTs at hand" in "".join(predictors.probe_section(found, vaes))
+
+
 def test_the_best_measure_is_named_with_its_error_and_cost(inside):
     """The distance is twice iFID and a little; eight VAEs of four families."""
     vaes = ["plain", "plain_s1", "send", "send_s1", "depth0", "mlp", "weight2", "weight0.5"]
@@ -778,7 +797,7 @@ def test_the_best_measure_is_named_with_its_error_and_cost(inside):
     for k, vae in enumerate(vaes):
         numbers[vae].update(iFID=float(k), PSNR=rng.normal(), SAP=rng.normal())
     distances = {vae: 2.0 * k + 0.1 * rng.normal() for k, vae in enumerate(vaes)}
-    table = predictors.Table(300, vaes, distances, numbers)
+    table = predictors.Table(300, False, vaes, distances, numbers)
     found = results.Results("out", (300,), 300)
     text = "\n".join(predictors.fit_lines(found, table, "all", vaes))
     assert "Best single measure: iFID." in text
