@@ -149,8 +149,10 @@ def test_a_machine_without_a_compiler_gets_a_sentence(capsys, monkeypatch):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
 
     def on_cuda():
-        _find_compiler = pytest.importorskip("triton.runtime.build")._find_compiler
-        _find_compiler.__wrapped__("c")
+        build = pytest.importorskip("triton.runtime.build")
+        if not hasattr(build, "_find_compiler"):
+            pytest.skip("Triton 3.2 has no function that only looks for a compiler")
+        build._find_compiler.__wrapped__("c")
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
