@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common.draws import normal, uniform
 from common.files import UserError, reading, refuse_unwritable, write_json, writing
 from common.flags import (
+    COMPILING,
     add_machine_flags,
     parse_flags,
     positive,
@@ -656,6 +657,7 @@ def main():
     # Pictures
     args.compile = wants_compile(args, device)
     if args.compile:
+        say(COMPILING)
         # The SiT's blocks are compiled once for a batch and once, with guidance, for a doubled one.
         # With the null half in all steps once would do, but sampling with the default flags would
         # then take a seventh longer.

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from common.draws import normal, uniform
 from common.files import UserError, load_strictly, network_hash, reading, write_json
 from common.flags import (
+    COMPILING,
     add_training_flags,
     parse_flags,
     positive,
@@ -599,6 +600,7 @@ def compiled_and_parallel(networks, args, device):
     wrapped for several processes. The modules inside are the ones that are saved.
     """
     if wants_compile(args, device):
+        say(COMPILING)
         # As wholes: block by block (models.compile_network), the step of a SiT-XL/1 with 32
         # pictures took 1.33 times as long on an H200. The first step took 93 s instead of 21 s.
         networks.net.compile(dynamic=False)

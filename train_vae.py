@@ -29,6 +29,7 @@ from torch import nn
 from common.draws import normal, uniform
 from common.files import UserError, network_hash
 from common.flags import (
+    COMPILING,
     add_training_flags,
     parse_flags,
     positive,
@@ -776,6 +777,7 @@ def compiled_and_parallel(networks, args, device):
     """
     net, vfm, lpips, discriminator, _ = networks
     if wants_compile(args, device):
+        say(COMPILING)
         for network in (net, vfm, lpips, discriminator):
             if network is not None:
                 compile_network(network)

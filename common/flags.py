@@ -312,6 +312,10 @@ def share_batch(batch_size, accum):
     return batch_size // shares
 
 
+# What a stage prints before it compiles. The bar stands still meanwhile.
+COMPILING = "compile   the first step takes a minute or more; --no-compile starts at once"
+
+
 def wants_compile(args, device):
     """Whether to use torch.compile: --compile or --no-compile, else on CUDA only."""
     if args.compile is not None:
