@@ -34,8 +34,6 @@ from common.flags import parse_flags
 from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import (
     autocast,
-    barrier,
-    from_first_process,
     processor_seconds,
     rank,
     resolve_precision,
@@ -46,12 +44,11 @@ from common.processes import (
     world,
 )
 from common.runs import (
-    is_filled,
+    filling,
     lock,
     mark_done,
     newest_result,
     provenance,
-    resumable_array,
 )
 from common.weights import load_vae
 from probing import correlation, tables
@@ -165,19 +162,10 @@ def cached_features(benchmark, encoder, size, dims, encode, args, device):
     name = f"features-{encoder}-{size}-{benchmark.fingerprint[:12]}"
     folder = os.path.join(args.cache, name)
     shape = (len(benchmark.names), dims)
-    path = os.path.join(folder, "features.npy")
-    # The first process decides for all: another run may be at its last block.
-    filled = is_filled(folder, "features.npy", np.float16, shape, PICTURES_A_BLOCK)
-    if from_first_process(int(filled)):
-        return np.load(path, mmap_mode="r")
-    lock_file = lock(folder, wait=True)
-    array, done, todo = resumable_array(folder, "features.npy", np.float16, shape, PICTURES_A_BLOCK)
-    compute_features(array, done, todo, benchmark, encoder, size, encode, args, device)
-    barrier()
-    if lock_file is not None:
-        # From here on features are only read, so others may use them at the same time.
-        os.close(lock_file)
-    return np.load(path, mmap_mode="r")
+    with filling(folder, "features.npy", np.float16, shape, PICTURES_A_BLOCK) as unfinished:
+        if unfinished:
+            compute_features(*unfinished, benchmark, encoder, size, encode, args, device)
+    return np.load(os.path.join(folder, "features.npy"), mmap_mode="r")
 
 
 def compute_features(array, done, todo, benchmark, encoder, size, encode, args, device):

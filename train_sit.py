@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import json
-import math
 import os
 from typing import NamedTuple
 
@@ -55,7 +54,6 @@ from common.processes import (
     autocast,
     barrier,
     conv_memory_format,
-    from_first_process,
     parallel,
     rank,
     resolve_precision,
@@ -70,12 +68,10 @@ from common.published import LDM_SOURCE, NO_STATISTICS, SIT_FORMATS
 from common.runs import (
     RunLog,
     Saver,
-    is_filled,
-    lock,
+    filling,
     mark_done,
     newest_checkpoint,
     newest_result,
-    resumable_array,
     resume,
     training_state,
 )
@@ -297,16 +293,17 @@ def cache_latents(vae, data, args, device, precision):
     sides = 2 if args.flip else 1
     folder = cache_folder(vae, data, args, precision)
     shape = (len(data), sides, 2, vae.channels, vae.latent_size, vae.latent_size)
-    # The first process decides for all: another run may be at its last block.
-    filled = is_filled(folder, "latents.npy", np.float16, shape, BLOCK)
-    if from_first_process(int(filled)):
-        return folder
     stop_at_signal()
-    lock_file = lock(folder, wait=True)
-    latents, done, todo = resumable_array(folder, "latents.npy", np.float16, shape, BLOCK)
+    with filling(folder, "latents.npy", np.float16, shape, BLOCK) as unfinished:
+        if unfinished:
+            encode_pictures(*unfinished, vae, data, folder, args, device, precision)
+    return folder
+
+
+def encode_pictures(latents, done, todo, vae, data, folder, args, device, precision):
+    """Fills the blocks `todo` of cache_latents' array; all processes share the work."""
     if len(todo):
-        gigabytes = math.prod(shape) * 2 / 1e9
-        say(f"caching   latents of {len(data)} pictures in {folder}, {gigabytes:.2f} GB")
+        say(f"caching   latents of {len(data)} pictures in {folder}, {latents.nbytes / 1e9:.2f} GB")
     todo = todo[rank() :: world()]
     blocks = PictureBlocks(data.stack, vae.resolution, len(data), BLOCK)
     loader = load_batches(blocks, todo.tolist(), args.workers, device)
@@ -314,15 +311,10 @@ def cache_latents(vae, data, args, device, precision):
     for block, batch in zip(todo, bar, strict=True):
         x = from_uint8(batch["image"])  # (b,3,H,W), b up to BLOCK
         begin = block * BLOCK
-        for side in range(sides):
+        for side in range(latents.shape[1]):
             seen = x.flip(3) if side == 1 else x
             latents[begin : begin + len(x), side] = encode_block(vae, seen, device, precision)
         mark_done(latents, done, block)
-    barrier()
-    if lock_file is not None:
-        # Training only reads the latents, so others may use them at the same time.
-        os.close(lock_file)
-    return folder
 
 
 def cache_folder(vae, data, args, precision):

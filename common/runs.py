@@ -36,7 +36,14 @@ from common.files import (
 )
 from common.flags import FREE_FLAGS, MEASURED_FLAGS, settings_of
 from common.pictures import save_grid
-from common.processes import barrier, mean_over_processes, rank, say, world
+from common.processes import (
+    barrier,
+    from_first_process,
+    mean_over_processes,
+    rank,
+    say,
+    world,
+)
 from common.training import reuse_passes
 
 try:
@@ -194,6 +201,23 @@ def is_filled(folder, name, dtype, shape, block):
     except (UserError, OSError):
         return False
     return bool((done == 1).all())
+
+
+@contextlib.contextmanager
+def filling(folder, name, dtype, shape, block):
+    """The context in which all processes fill a resumable_array: its array, marks and unfinished
+    blocks, or None if none is unfinished. No other run may write to the folder meanwhile; one that
+    does is waited for."""
+    # The first process decides for all: another run may be at its last block.
+    if from_first_process(int(is_filled(folder, name, dtype, shape, block))):
+        yield None
+        return
+    lock_file = lock(folder, wait=True)
+    yield resumable_array(folder, name, dtype, shape, block)
+    barrier()
+    if lock_file is not None:
+        # From here on the array is only read, which others may do at the same time.
+        os.close(lock_file)
 
 
 def _reserve_array(path, dtype, shape):
