@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 import sample
 import train_sit
 import train_vae
+from common import runs
 from common.files import UserError, load_strictly, read_weights, write_weights
 from common.pictures import ImageSet
 from common.runs import resume, save_checkpoint, training_state
@@ -306,13 +307,13 @@ def test_latents_in_a_folder_that_cannot_be_written_are_used(folder, monkeypatch
     script(train_vae, *PLAIN_VAE, "--data", "p", "--steps", 1)
     words = [*SIT, "--repa", 0, "--data", "p", "--steps", 1]
     script(train_sit, *words, "--out", "one")
-    lock = train_sit.lock
+    lock = runs.lock
 
     def refuse(folder, wait=False):
         assert "latents" not in folder
         return lock(folder, wait)
 
-    monkeypatch.setattr(train_sit, "lock", refuse)
+    monkeypatch.setattr(runs, "lock", refuse)
     for name in ("latents.npy", "done.npy"):
         os.chmod(glob.glob(f"runs/vae/latents-*/{name}")[0], 0o444)
     script(train_sit, *words, "--out", "two")
