@@ -232,7 +232,8 @@ def draw_probe(results, vaes, path):
     if sum(len(points) for points in groups.values()) < MIN_VAES_TO_CORRELATE:
         return False
     labelled = {LABELS[kind]: (COLOURS[kind], points) for kind, points in groups.items() if points}
-    title = f"Frechet distance of samples at SiT step {results.compare_step}, a dot for each VAE"
+    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
+    title = f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
     figures.draw_scatter(path, title, "class probe, %", labelled)
     return True
 
@@ -626,7 +627,8 @@ def draw_predictors(results, vaes, path):
         if len(known) < MIN_VAES_TO_PREDICT:
             return False
         panels.append((label, groups))
-    title = f"Frechet distance of samples at SiT step {table.step}, a dot for each VAE"
+    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
+    title = f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
     figures.draw_panels(path, title, panels)
     return True
 
