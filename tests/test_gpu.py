@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -138,6 +139,16 @@ def test_two_compiled_processes_draw_the_pictures_of_an_eager_one(eager_set, ins
     own = ["--compile", "--out", "compiled.npz"]
     torchrun(2, "tests/aot_eager", "sample", *words, *own, cwd=inside)
     assert np.abs(np.load("compiled.npz")["arr_0"] - wanted).max() <= 1
+
+
+def test_transformers_are_compiled_by_blocks_and_cnns_as_wholes():
+    """Every block of a vision transformer is found; a CNN's `blocks` are stages of several kinds."""
+    transformer = timm.create_model("test_vit")
+    assert models.transformer_blocks(transformer) == list(transformer.blocks)
+    assert len(transformer.blocks) > 1
+    assert models.transformer_blocks(timm.create_model("test_efficientnet")) == []
+    sit = models.SiT("S", 2, 4, 8, num_classes=2, depth=3, width=64, heads=2)
+    assert models.repeated_blocks(sit) == list(sit.blocks)
 
 
 def test_a_machine_without_a_compiler_gets_a_sentence(capsys, monkeypatch):
