@@ -142,7 +142,7 @@ def test_two_compiled_processes_draw_the_pictures_of_an_eager_one(eager_set, ins
 
 
 def test_transformers_are_compiled_by_blocks_and_cnns_as_wholes():
-    """Every block of a vision transformer is found. A CNN's `blocks` are stages, unlike each other."""
+    """Every block of a vision transformer is found. What a CNN calls blocks are unlike stages."""
     transformer = timm.create_model("test_vit")
     assert models.transformer_blocks(transformer) == list(transformer.blocks)
     assert len(transformer.blocks) > 1
