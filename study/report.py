@@ -752,7 +752,7 @@ def own_section(results, vaes, section_number):
 
 def is_complete(results, section_number):
     """Whether the runs at hand have all that the recorded section has: all its VAEs, with their
-    measures (sections 8 and 9) or with sets of samples."""
+    measures (sections 8 and 9) or with sets of samples of as many SiTs."""
     if section_number in (8, 9):
         return all(
             results.judged(vae, "psnr") and results.probe(vae, "class probe")
@@ -762,10 +762,16 @@ def is_complete(results, section_number):
     if section_number == 12:
         steps = [results.compare_step]
     return all(
-        results.by_sit_seed(vae, step)
+        len(results.by_sit_seed(vae, step)) >= recorded_sits(results, vae, step)
         for vae in SECTIONS[section_number].paper_gfid
         for step in steps
     )
+
+
+def recorded_sits(results, vae, step):
+    """The number of SiTs in a recorded section; 1 where the record does not say."""
+    entry = results.recorded["vaes"].get(vae, {"distances": {}})
+    return entry["distances"].get(str(step), {"sits": 1})["sits"]
 
 
 def recorded_section(results, section_number):

@@ -582,18 +582,23 @@ def test_another_recipe_has_no_record():
 
 
 def test_a_section_is_the_recorded_one_until_the_runs_have_all_of_it(inside):
-    sets = {(vae, 0, 750, ""): 3.0 for vae in ("plain", "send", "no_noise")}
-    write_runs({**sets, ("plain", 0, 2000, ""): 2.0, ("send", 0, 2000, ""): 1.0})
+    seeds = range(3)
+    sets = {(vae, k, 750, ""): 3.0 for vae in ("plain", "send", "no_noise") for k in seeds}
+    sets.update({("plain", k, 2000, ""): 2.0 for k in seeds})
+    sets.update({("send", k, 2000, ""): 1.0 for k in seeds})
+    write_runs(sets)
     text = full_page(["plain", "send", "no_noise"])
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    # Section 1 has sets at both steps; of no_noise the later one is missing.
+    # Section 1 has sets at both steps, of as many SiTs; of no_noise the later ones are missing.
     assert titles[0] == "## 1. With and without alignment"
     assert titles[1] == "## 2. Noise injection †"
     section = text[text.index("## 2.") : text.index("## 3.")]
     assert "*As found by the earlier training of the same recipe" in section
     assert "send 4.21 is 15% lower than no_noise 4.93" in section
 
-    write_runs({("no_noise", 0, 2000, ""): 1.5})
+    write_runs({("no_noise", k, 2000, ""): 1.5 for k in (0, 1)})
+    assert "## 2. Noise injection †\n" in full_page(["plain", "send", "no_noise"])
+    write_runs({("no_noise", 2, 2000, ""): 1.5})
     text = full_page(["plain", "send", "no_noise"])
     assert "## 2. Noise injection\n" in text
     assert "send 1 is 33% lower than no_noise 1.5" in text
