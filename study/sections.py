@@ -104,9 +104,8 @@ SECTIONS = {
 # direction does not agree or is undecided: a guess at the cause, and the next experiment.
 REMARKS = {
     1: "`send` is behind at 250 steps in the classifier's features (in the target's the two are "
-    "level) and ahead from 500 steps on. We do not know why. Next: sets at 100 to 400 steps, and "
-    "training with a smaller learning rate, to see whether aligned latents are slower in the "
-    "coarse statistics that are learned first.",
+    "level) and ahead from 500 steps on. Section 13 looks into the cause: most of it seems to be the "
+    "averaged weights.",
     2: "At step 750 the direction is undecided and leans the other way; at step 2000 it is the "
     "paper's. A guess: in the same number of steps `no_noise` has been pulled further than "
     "`send`, because its task is easier (its probe is higher and its PSNR lower, as with a "
