@@ -178,8 +178,8 @@ REMARKS = {
     "0 at either step. iFID costs twice as much as a probe and is no better over all, but it "
     "and Gini put `no_noise` last of the aligned, as the distance at step 2000 does. A pair is "
     "hardly better than one measure and, when the choice is left to the other families, worse: "
-    "with so few VAEs the choice is mostly chance. Next: the other ten VAEs, then three SiTs on each at "
-    "2,000 steps, so that the aligned ones can be ranked.",
+    "with so few VAEs the choice is mostly chance. Next: the other ten VAEs, then three SiTs on "
+    "each at 2,000 steps, so that the aligned ones can be ranked.",
     "retrained": "New SiTs, one each, agree with the recorded ones: `plain` has 9.17 at step 750 "
     "and 7.21 at 2000, recorded 9.77 ± 0.65 and 7.08 ± 0.30; `send` has 6.54 and 4.31, recorded "
     "6.04 ± 0.33 and 4.21 ± 0.18. The probe of the pixels depends on no VAE, and not on the code "
