@@ -300,7 +300,7 @@ def fits_memory(parts, backward, optimizer, spare, device):
     if world() > 1:
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     if not fits:
-        # A network that has met two sizes would be compiled for any size, which is slower.
+        # What was compiled for passes of this size is not needed again.
         torch.compiler.reset()
     return bool(fits)
 
