@@ -303,7 +303,8 @@ class Progress:
         line = f"{done:4.0%} done, {minutes}:{seconds:02d} left in all; {words}"
         if self.is_terminal:
             filled = round(20 * done)
-            bar = "#" * filled + "." * (20 - filled)
+            marks = "#" * filled
+            bar = marks.ljust(20, ".")
             line = f"[{bar}]{line}"
             line = line[: shutil.get_terminal_size().columns - 1]
             print("\r" + line.ljust(self.line_length), end="", flush=True)
@@ -315,8 +316,8 @@ class Progress:
     def print(self, text):
         """Prints text in place of the bar, which the next report draws below it."""
         if self.line_length > 0:
-            blanks = " " * self.line_length
-            print(f"\r{blanks}\r", end="")
+            blank_line = "".ljust(self.line_length)
+            print(f"\r{blank_line}\r", end="")
             self.line_length = 0
         print(text, flush=True)
 

@@ -146,6 +146,11 @@ def table_title(table):
     return f"step {table.step}, distances {whose}"
 
 
+def figure_title(table):
+    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
+    return f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
+
+
 def groups_of(results, table):
     """{"all": VAEs, "aligned": VAEs}"""
     aligned = [vae for vae in table.vaes if results.kind(vae) == "aligned"]
@@ -232,9 +237,7 @@ def draw_probe(results, vaes, path):
     if sum(len(points) for points in groups.values()) < MIN_VAES_TO_CORRELATE:
         return False
     labelled = {LABELS[kind]: (COLOURS[kind], points) for kind, points in groups.items() if points}
-    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
-    title = f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
-    figures.draw_scatter(path, title, "class probe, %", labelled)
+    figures.draw_scatter(path, figure_title(table), "class probe, %", labelled)
     return True
 
 
@@ -627,9 +630,7 @@ def draw_predictors(results, vaes, path):
         if len(known) < MIN_VAES_TO_PREDICT:
             return False
         panels.append((label, groups))
-    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
-    title = f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
-    figures.draw_panels(path, title, panels)
+    figures.draw_panels(path, figure_title(table), panels)
     return True
 
 
