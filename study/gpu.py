@@ -1,0 +1,223 @@
+"""The SiTs of study/run.py on one GPU, in minutes, and what a CPU cannot do: ten times the steps.
+
+    python -m study.gpu --data data/cifar10 --vfm-weights WEIGHTS.safetensors
+    python -m study.gpu ... --only main noise --seeds 1     # as in study/run.py
+    python -m study.gpu ... --limit 400                     # end after so many seconds
+    python -m study.gpu ... --device cpu --list             # print the commands
+
+The VAEs, the classifier and the measures are study/run.py's, which has to run first. A SiT of the
+study is so small that a process launches its kernels slower than a card runs them, so many
+processes share the card. They are forked, which spares each command the seconds of imports, and a
+process runs all commands of a SiT. NVIDIA's MPS lets their kernels run at the same time; start it
+before (`nvidia-cuda-mps-control -d`).
+
+Sets of samples are judged as in study/run.py, and what is judged already is left out. A job that
+the limit ends is begun again by the same command.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+import traceback
+
+import torch
+
+from common.files import UserError
+from common.flags import parse_flags
+from common.processes import available_cores, run_main, say
+from study import run
+
+# The modules of the commands are imported once, here.
+COMMANDS = ("train_sit", "sample", "study.judge")
+
+# SiTs that are trained ten times as long: the main pair with all seeds of its VAEs, and the
+# controls that tell alignment with another task from alignment.
+LONG_VAES = (
+    "plain",
+    "send",
+    "plain_s1",
+    "send_s1",
+    "plain_s2",
+    "send_s2",
+    "shuffled",
+    "random_teacher",
+)
+LONG_POINTS = (5000, 10000, 20000)
+LONG_VARIANT = "-20k"
+LONG_SAMPLES = "--num 10000 --batch-size 500"
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--data", default="data/cifar10")
+    p.add_argument("--vfm-weights", help="local file of tf_efficientnet_lite0")
+    p.add_argument("--only", nargs="+", choices=list(run.QUESTIONS), default=list(run.QUESTIONS))
+    p.add_argument("--seeds", type=int, default=3, help="SiT seeds on each VAE")
+    p.add_argument("--no-long", dest="long", action="store_false", help="not the longer training")
+    p.add_argument("--jobs", type=int, default=max(1, available_cores() - 2))
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    p.add_argument("--limit", type=float, default=float("inf"), help="seconds for everything")
+    p.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parse_flags(p, argv)
+    args.out = "runs/study"
+    args.size = run.SIZES["full"]
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def plan(args):
+    """Lists of commands, [(name, [study.run.Command, ...])], the longest and most urgent first."""
+    chosen = [question for question in run.QUESTIONS if question in args.only]
+    vaes = [vae for vae in run.vaes_of(chosen) if has_vae(args, vae)]
+    jobs = []
+    if args.long:
+        jobs += [long_job(args, vae) for vae in LONG_VAES if vae in vaes]
+    for seed in range(args.seeds):
+        jobs += [sit_job(args, vae, seed) for vae in vaes]
+        if seed == 0 and "early" in chosen:
+            jobs += early_jobs(args)
+    return jobs
+
+
+def has_vae(args, vae):
+    if os.path.exists(f"{args.out}/vae_{vae}/vae.safetensors"):
+        return True
+    say(f"note: there is no VAE `{vae}` in {args.out}; study/run.py trains it")
+    return False
+
+
+def sit_job(args, vae, seed):
+    """A SiT to its last step, with sets where study/run.py has them."""
+    last_step = args.size.sit_points[-1]
+    if vae in run.QUESTIONS["main"]:
+        job = run.sit_job(args, vae, seed, args.size.sit_points, "", more_sets=True)
+    else:
+        job = run.sit_job(args, vae, seed, [args.size.compare_step, last_step], "")
+    return f"sit {vae} {seed}", job.commands
+
+
+def early_jobs(args):
+    jobs = []
+    for rate in run.EARLY_RATES:
+        for seed in range(args.seeds):
+            for vae in run.QUESTIONS["main"]:
+                commands = run.early_job(args, vae, rate, seed).commands
+                jobs.append((f"early {vae} {rate:g} {seed}", commands))
+    return jobs
+
+
+def long_job(args, vae):
+    """A SiT that is trained ten times as long, with sets of 10,000 samples."""
+    draws = [(step, "", f"{LONG_SAMPLES} --cfg 1 --seed 0") for step in LONG_POINTS]
+    guided = f"{LONG_SAMPLES} --cfg 1.5 --interval 0 1 --seed 0"
+    draws.append((LONG_POINTS[-1], "-guided", guided))
+    commands = run.sit_commands(args, vae, 0, LONG_VARIANT, "--repa 0", draws)
+    return f"long {vae}", commands
+
+
+def words_of(command, args):
+    """The words of a command, with the flags of this machine."""
+    words = shlex.split(command.words)
+    if words[0] == "-m":
+        return [words[1], *words[2:]]
+    module = words[0].removesuffix(".py")
+    words = [module, *words[1:], "--device", args.device, "--no-compile"]
+    if module == "train_sit":
+        words += ["--workers", "0"]
+    return words
+
+
+# --------------------------------------------------------------------------------------------------
+# Running them
+
+
+def run_job(name, commands, args):
+    """In a process of its own: runs the commands of a job one after the other, as
+    `python <module>` would. The exit code is 1 if one fails."""
+    log = os.open(f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        for command in commands:
+            if not os.path.exists(command.product):
+                words = words_of(command, args)
+                print("$", *words, flush=True)
+                sys.argv = words
+                sys.modules[words[0]].main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_done(commands):
+    # The last product is the judgement of all sets. The sets themselves may be gone.
+    return os.path.exists(commands[-1].product)
+
+
+def run_jobs(jobs, args):
+    """Runs jobs [(name, commands)] side by side until all are done or the limit is reached. Returns
+    the names of those that failed or were not done."""
+    context = multiprocessing.get_context("fork")
+    begin = time.monotonic()
+    waiting = [(name, commands) for name, commands in jobs if not is_done(commands)]
+    say(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already")
+    running = {}
+    failed = []
+    try:
+        while waiting or running:
+            if time.monotonic() - begin > args.limit:
+                say(f"the limit of {args.limit:g} seconds is reached")
+                break
+            while waiting and len(running) < args.jobs:
+                name, commands = waiting.pop(0)
+                running[name] = context.Process(target=run_job, args=(name, commands, args))
+                running[name].start()
+            time.sleep(0.1)
+            for name, process in list(running.items()):
+                if process.exitcode is None:
+                    continue
+                del running[name]
+                word = "done" if process.exitcode == 0 else "failed"
+                if process.exitcode != 0:
+                    failed.append(name)
+                say(f"{time.monotonic() - begin:6.1f} s  {word:6}  {name}; {len(waiting)} wait")
+    finally:
+        for process in running.values():
+            process.kill()
+    return [*failed, *running, *[name for name, _ in waiting]]
+
+
+def main():
+    args = parse_arguments()
+    jobs = plan(args)
+    if args.list:
+        for name, commands in jobs:
+            print(f"# {name}")
+            for command in commands:
+                print("python -m", *words_of(command, args))
+        return
+    for module in COMMANDS:
+        importlib.import_module(module)
+    for folder in ("log", "samples"):
+        os.makedirs(f"{args.out}/{folder}", exist_ok=True)
+    left = run_jobs(jobs, args)
+    if left:
+        raise UserError(f"failed or not done: {', '.join(left)}; see {args.out}/log")
+
+
+if __name__ == "__main__":
+    run_main(main)
