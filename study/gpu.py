@@ -11,14 +11,15 @@ processes share the card. They are forked, which spares each command the seconds
 process runs all commands of a SiT. NVIDIA's MPS lets their kernels run at the same time; start it
 before (`nvidia-cuda-mps-control -d`).
 
-Sets of samples are judged as in study/run.py, and what is judged already is left out. A job that
-the limit ends is begun again by the same command.
+Each set of samples is judged as soon as it is drawn. What is judged already is left out, also if
+the set is gone, so the judgements are all that need be kept of a card that is lent for an hour.
 """
 
 import argparse
 import importlib
 import multiprocessing
 import os
+import queue as queues
 import shlex
 import sys
 import time
@@ -62,7 +63,8 @@ def parse_arguments(argv=None):
     p.add_argument("--no-long", dest="long", action="store_false", help="not the longer training")
     p.add_argument("--jobs", type=int, default=max(1, available_cores() - 2))
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    p.add_argument("--limit", type=float, default=float("inf"), help="seconds for everything")
+    p.add_argument("--no-compile", dest="compile", action="store_false")
+    p.add_argument("--limit", type=float, default=1e6, help="seconds for everything")
     p.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parse_flags(p, argv)
     args.out = "runs/study"
@@ -102,7 +104,7 @@ def sit_job(args, vae, seed):
         job = run.sit_job(args, vae, seed, args.size.sit_points, "", more_sets=True)
     else:
         job = run.sit_job(args, vae, seed, [args.size.compare_step, last_step], "")
-    return f"sit {vae} {seed}", job.commands
+    return f"sit {vae} {seed}", judged_at_once(args, job.commands)
 
 
 def early_jobs(args):
@@ -111,7 +113,8 @@ def early_jobs(args):
         for seed in range(args.seeds):
             for vae in run.QUESTIONS["main"]:
                 commands = run.early_job(args, vae, rate, seed).commands
-                jobs.append((f"early {vae} {rate:g} {seed}", commands))
+                name = f"early {vae} {rate:g} {seed}"
+                jobs.append((name, judged_at_once(args, commands)))
     return jobs
 
 
@@ -121,7 +124,19 @@ def long_job(args, vae):
     guided = f"{LONG_SAMPLES} --cfg 1.5 --interval 0 1 --seed 0"
     draws.append((LONG_POINTS[-1], "-guided", guided))
     commands = run.sit_commands(args, vae, 0, LONG_VARIANT, "--repa 0", draws)
-    return f"long {vae}", commands
+    return f"long {vae}", judged_at_once(args, commands)
+
+
+def judged_at_once(args, commands):
+    """Commands of run.sit_commands, which judge all sets together at the end, with each set judged
+    when it is drawn. So a limit takes no more than the last set."""
+    found = []
+    for command in commands[:-1]:
+        found.append(command)
+        if command.words.startswith("sample.py"):
+            words = f"-m study.judge samples {command.product} {run.judge_flags(args)}"
+            found.append(run.Command(words, command.product.replace(".npz", ".json")))
+    return found
 
 
 def words_of(command, args):
@@ -130,75 +145,80 @@ def words_of(command, args):
     if words[0] == "-m":
         return [words[1], *words[2:]]
     module = words[0].removesuffix(".py")
-    words = [module, *words[1:], "--device", args.device, "--no-compile"]
+    words = [module, *words[1:], "--device", args.device]
     if module == "train_sit":
-        words += ["--workers", "0"]
-    return words
+        # The kernels of the first process are found in PyTorch's cache by all others.
+        return [*words, "--workers", "0", "--compile" if args.compile else "--no-compile"]
+    if "--batch-size" not in words:
+        words += ["--batch-size", "500"]
+    return [*words, "--no-compile"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Running them
 
 
-def run_job(name, commands, args):
-    """In a process of its own: runs the commands of a job one after the other, as
-    `python <module>` would. The exit code is 1 if one fails."""
-    log = os.open(f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def work(jobs, answers, args):
+    """In a process of its own: runs jobs (name, commands) from a queue until None comes, and puts
+    (name, whether all went well) into another."""
     torch.set_num_threads(1)
-    code = 0
+    for name, commands in iter(jobs.get, None):
+        log = f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt"
+        number = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+        os.close(number)
+        answers.put((name, run_job(commands, args)))
+
+
+def run_job(commands, args):
+    """Runs the commands of a job one after the other, as `python -m <module>` would. Returns
+    whether all went well."""
     try:
         for command in commands:
-            if not os.path.exists(command.product):
-                words = words_of(command, args)
-                print("$", *words, flush=True)
-                sys.argv = words
-                sys.modules[words[0]].main()
-    except BaseException:
+            if not run.is_done(command):
+                sys.argv = words_of(command, args)
+                print("$", *sys.argv, flush=True)
+                sys.modules[sys.argv[0]].main()
+    except (Exception, SystemExit):
         traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def is_done(commands):
-    # The last product is the judgement of all sets. The sets themselves may be gone.
-    return os.path.exists(commands[-1].product)
+        return False
+    finally:
+        sys.stdout.flush()
+    return True
 
 
 def run_jobs(jobs, args):
-    """Runs jobs [(name, commands)] side by side until all are done or the limit is reached. Returns
-    the names of those that failed or were not done."""
+    """Runs jobs [(name, commands)], args.jobs of them side by side, until all are done or the limit
+    is reached. Returns the names of those that failed or were not done."""
     context = multiprocessing.get_context("fork")
-    begin = time.monotonic()
-    waiting = [(name, commands) for name, commands in jobs if not is_done(commands)]
-    say(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done already")
-    running = {}
+    end = time.monotonic() + args.limit
+    left = [job for job in jobs if not all(map(run.is_done, job[1]))]
+    say(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done already")
+    names = [name for name, _ in left]
+    queue = context.Queue()
+    answers = context.Queue()
+    for job in [*left, *[None] * args.jobs]:
+        queue.put(job)
+    workers = [context.Process(target=work, args=(queue, answers, args)) for _ in range(args.jobs)]
     failed = []
     try:
-        while waiting or running:
-            if time.monotonic() - begin > args.limit:
-                say(f"the limit of {args.limit:g} seconds is reached")
-                break
-            while waiting and len(running) < args.jobs:
-                name, commands = waiting.pop(0)
-                running[name] = context.Process(target=run_job, args=(name, commands, args))
-                running[name].start()
-            time.sleep(0.1)
-            for name, process in list(running.items()):
-                if process.exitcode is None:
-                    continue
-                del running[name]
-                word = "done" if process.exitcode == 0 else "failed"
-                if process.exitcode != 0:
-                    failed.append(name)
-                say(f"{time.monotonic() - begin:6.1f} s  {word:6}  {name}; {len(waiting)} wait")
+        for worker in workers:
+            worker.start()
+        while names and time.monotonic() < end and any(worker.is_alive() for worker in workers):
+            try:
+                name, is_good = answers.get(timeout=1)
+            except queues.Empty:
+                continue
+            names.remove(name)
+            if not is_good:
+                failed.append(name)
+            seconds = args.limit - (end - time.monotonic())
+            say(f"{seconds:6.1f} s  {'done' if is_good else 'FAILED'}  {name}; {len(names)} left")
     finally:
-        for process in running.values():
-            process.kill()
-    return [*failed, *running, *[name for name, _ in waiting]]
+        for worker in workers:
+            worker.kill()
+    return failed + names
 
 
 def main():

@@ -486,7 +486,7 @@ def run_job(name, commands, threads, out):
     """Runs the commands of a job whose products do not exist yet. Returns whether all went well."""
     log_path = f"{out}/log/{name.replace(' ', '_')}.txt"
     for command in commands:
-        if os.path.exists(command.product):
+        if is_done(command):
             continue
         if run_command(command, threads, log_path) != 0:
             say(f"failed    {name}: see {log_path}")
@@ -497,6 +497,13 @@ def run_job(name, commands, threads, out):
             return False
     say(f"done      {name}")
     return True
+
+
+def is_done(command):
+    """Whether the command's product exists or, where that is a set of samples, its judgement: the
+    set itself may be gone."""
+    judgement = command.product.replace(".npz", ".json")
+    return os.path.exists(command.product) or os.path.exists(judgement)
 
 
 def run_command(command, threads, log_path):
