@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
@@ -35,20 +36,7 @@ from study import run
 # The modules of the commands are imported once, here.
 COMMANDS = ("train_sit", "sample", "study.judge")
 
-# SiTs that are trained ten times as long: the main pair with all seeds of its VAEs, and the
-# controls that tell alignment with another task from alignment.
-LONG_VAES = (
-    "plain",
-    "send",
-    "plain_s1",
-    "send_s1",
-    "plain_s2",
-    "send_s2",
-    "shuffled",
-    "random_teacher",
-)
-LONG_POINTS = (5000, 10000, 20000)
-LONG_VARIANT = "-20k"
+# The sets of the SiTs that are trained ten times as long.
 LONG_SAMPLES = "--num 10000 --batch-size 500"
 
 
@@ -60,6 +48,7 @@ def parse_arguments(argv=None):
     p.add_argument("--vfm-weights", help="local file of tf_efficientnet_lite0")
     p.add_argument("--only", nargs="+", choices=list(run.QUESTIONS), default=list(run.QUESTIONS))
     p.add_argument("--seeds", type=int, default=3, help="SiT seeds on each VAE")
+    p.add_argument("--repa", action="store_true", help="also SiTs with the REPA loss on the pair")
     p.add_argument("--no-long", dest="long", action="store_false", help="not the longer training")
     p.add_argument("--jobs", type=int, default=max(1, available_cores() - 2))
     p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -82,11 +71,13 @@ def plan(args):
     vaes = [vae for vae in run.vaes_of(chosen) if has_vae(args, vae)]
     jobs = []
     if args.long:
-        jobs += [long_job(args, vae) for vae in LONG_VAES if vae in vaes]
+        jobs += [long_job(args, vae) for vae in run.LONG_VAES if vae in vaes]
     for seed in range(args.seeds):
         jobs += [sit_job(args, vae, seed) for vae in vaes]
         if seed == 0 and "early" in chosen:
             jobs += early_jobs(args)
+    if args.repa and "main" in chosen:
+        jobs += repa_jobs(args)
     return jobs
 
 
@@ -107,6 +98,19 @@ def sit_job(args, vae, seed):
     return f"sit {vae} {seed}", judged_at_once(args, job.commands)
 
 
+def repa_jobs(args):
+    """The main pair's SiTs with the REPA loss."""
+    planned = {}
+    for seed in range(args.seeds):
+        for vae in run.QUESTIONS["main"]:
+            run.add_sits(planned, args, vae, seed)
+    return [
+        (name, judged_at_once(args, job.commands))
+        for name, job in planned.items()
+        if "-repa" in name
+    ]
+
+
 def early_jobs(args):
     jobs = []
     for rate in run.EARLY_RATES:
@@ -120,10 +124,10 @@ def early_jobs(args):
 
 def long_job(args, vae):
     """A SiT that is trained ten times as long, with sets of 10,000 samples."""
-    draws = [(step, "", f"{LONG_SAMPLES} --cfg 1 --seed 0") for step in LONG_POINTS]
+    draws = [(step, "", f"{LONG_SAMPLES} --cfg 1 --seed 0") for step in run.LONG_POINTS]
     guided = f"{LONG_SAMPLES} --cfg 1.5 --interval 0 1 --seed 0"
-    draws.append((LONG_POINTS[-1], "-guided", guided))
-    commands = run.sit_commands(args, vae, 0, LONG_VARIANT, "--repa 0", draws)
+    draws.append((run.LONG_POINTS[-1], "-guided", guided))
+    commands = run.sit_commands(args, vae, 0, run.LONG_VARIANT, "--repa 0", draws)
     return f"long {vae}", judged_at_once(args, commands)
 
 
@@ -163,12 +167,13 @@ def work(jobs, answers, args):
     (name, whether all went well) into another."""
     torch.set_num_threads(1)
     for name, commands in iter(jobs.get, None):
-        log = f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt"
-        number = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-        os.dup2(number, 1)
-        os.dup2(number, 2)
-        os.close(number)
-        answers.put((name, run_job(commands, args)))
+        path = f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt"
+        with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            # What compilers print, too.
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            is_good = run_job(commands, args)
+        answers.put((name, is_good))
 
 
 def run_job(commands, args):
@@ -183,8 +188,6 @@ def run_job(commands, args):
     except (Exception, SystemExit):
         traceback.print_exc()
         return False
-    finally:
-        sys.stdout.flush()
     return True
 
 

@@ -30,6 +30,15 @@ from study.text import (
 )
 
 PAIR = ("plain", "send")
+# Their labels and kinds of colour in figures.
+PAIR_CURVES = {
+    "plain": ("the same VAE, no alignment", "none"),
+    "send": ("Send-VAE", "aligned"),
+}
+CURVES_TITLE = (
+    "Frechet distance of samples in an independent classifier's features (smaller is better)"
+)
+
 # --------------------------------------------------------------------------------------------------
 # Directions
 
@@ -192,22 +201,25 @@ def provenance(results):
     records = [config["provenance"] for config in configs]
     samples = [read_json(path) for path in glob.glob(f"{results.out}/samples/*.json")]
 
+    drawn = [judged["settings"]["provenance"] for judged in samples]
+    precisions = comma_separated(judged["settings"]["precision"] for judged in samples)
+    text = f"{len(records)} training runs: {machines(records)}."
+    if drawn:
+        text += f" {len(drawn)} sets of samples, in {precisions}: {machines(drawn)}."
+    if "machine" in REMARKS:
+        text += f" {REMARKS['machine']}"
+    return text
+
+
+def machines(records):
+    """The dates, devices, versions and commits of records of provenance, as text."""
     dates = sorted(record["date"][:10] for record in records)
     devices = comma_separated(str(record["device"]) for record in records)
     versions = comma_separated(str(record["torch"]) for record in records)
     commits = comma_separated(str(record["commit"])[:7] for record in records)
-    precisions = comma_separated(judged["settings"]["precision"] for judged in samples)
-    if not precisions:
-        precisions = "no samples yet"
     if any(record["dirty"] for record in records):
         commits += " (with uncommitted changes)"
-    text = (
-        f"{len(records)} training runs, {dates[0]} to {dates[-1]}. Device of a process: {devices}; "
-        f"torch {versions}; precision: {precisions}; commits {commits}."
-    )
-    if "machine" in REMARKS:
-        text += f" {REMARKS['machine']}"
-    return text
+    return f"{dates[0]} to {dates[-1]}; {devices}; torch {versions}; commits {commits}"
 
 
 def comma_separated(names):
@@ -658,6 +670,95 @@ def early_lines(results, points, rate, suffix, weights):
 
 
 # --------------------------------------------------------------------------------------------------
+# Section 17: SiTs that are trained ten times as long
+
+
+def long_training(results, vaes, points, path):
+    """Distances of 10,000 samples along longer training, without guidance and, at the end, with it.
+
+    vaes: names of the SiTs' VAEs with their suffix; points: SiT steps; path: of the figure.
+    """
+    last = points[-1]
+    lines = [f"## 17. {last:,} steps of a SiT", ""]
+    measured = [vae for vae in vaes if results.by_sit_seed(vae, points[0])]
+    if not measured:
+        return [*lines, "Not measured yet.", ""]
+    lines += [
+        "One SiT on each VAE, trained on a GPU (`python -m study.gpu`). Distance in the "
+        "classifier's features, of 10,000 samples: it is smaller than that of 1,000 samples of "
+        "the same SiT, so the two cannot be compared. Guidance has a scale of 1.5. The last "
+        "columns are the shares of samples that the classifier assigns to the class they were "
+        "drawn for.",
+        "",
+        *table_head(
+            "VAE",
+            *(f"step {point}" for point in points),
+            f"step {last}, guided",
+            "assigned to their class, %",
+            "guided, %",
+        ),
+    ]
+    for vae in measured:
+        told = [100 * share for share in results.values(vae, last, "told")]
+        told_guided = [100 * share for share in results.values(vae, last, "told", "-guided")]
+        line = table_line(
+            vae,
+            *(mean_and_interval(results.values(vae, point)) for point in points),
+            mean_and_interval(results.values(vae, last, suffix="-guided")),
+            mean_and_interval(told),
+            mean_and_interval(told_guided),
+        )
+        lines.append(line)
+    lines += ["", *long_differences(results, measured, points), ""]
+    if draw_long_curves(results, measured, points, path):
+        lines += [f"![distance over {last:,} SiT steps]({path})", ""]
+    return lines
+
+
+def seeds_of(vaes, vae):
+    """Those of `vaes` that are seeds of a VAE of the main pair."""
+    return [name for name in vaes if name.startswith((f"{vae}-", f"{vae}_s"))]
+
+
+def over_seeds(results, vaes, vae, step, suffix=""):
+    """The distances at a SiT step, one for each seed of a VAE of the main pair."""
+    found = [results.values(name, step, suffix=suffix) for name in seeds_of(vaes, vae)]
+    return [float(np.mean(values)) for values in found if values]
+
+
+def long_differences(results, vaes, points):
+    """List items: the difference of the pair over VAE seeds at each step."""
+    items = []
+    columns = [(point, "") for point in points] + [(points[-1], "-guided")]
+    for step, suffix in columns:
+        plain = over_seeds(results, vaes, "plain", step, suffix)
+        send = over_seeds(results, vaes, "send", step, suffix)
+        if min(len(plain), len(send)) < 2:
+            continue
+        difference = welch(smaller=send, larger=plain)
+        items.append(
+            f"- Step {step}{', guided' if suffix else ''}: send {mean_and_interval(send)} is "
+            f"{lower_or_higher(np.mean(send), np.mean(plain))} than plain "
+            f"{mean_and_interval(plain)}; difference over VAE seeds {number(difference)}. The "
+            f"direction {direction(difference)}."
+        )
+    return items
+
+
+def draw_long_curves(results, vaes, points, path):
+    """Draws the distances of the main pair along longer training, a dot for each VAE seed. Returns
+    whether there are any."""
+    curves = {}
+    for vae, (label, kind) in PAIR_CURVES.items():
+        values = {step: over_seeds(results, vaes, vae, step) for step in points}
+        curves[label] = (COLOURS[kind], {step: found for step, found in values.items() if found})
+    if not all(values for _, values in curves.values()):
+        return False
+    figures.draw_curves(path, CURVES_TITLE, "SiT training steps", curves)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -679,16 +780,10 @@ def attribute_table():
 def draw_main_curves(results, path):
     """Draws the distance over the SiT's training for the main pair, a dot for each SiT seed."""
     curves = {}
-    for vae, label, kind in (
-        ("plain", "the same VAE, no alignment", "none"),
-        ("send", "Send-VAE", "aligned"),
-    ):
+    for vae, (label, kind) in PAIR_CURVES.items():
         values = {step: results.values(vae, step) for step in results.sit_points}
         curves[label] = (COLOURS[kind], {step: found for step, found in values.items() if found})
-    title = (
-        "Frechet distance of samples in an independent classifier's features (smaller is better)"
-    )
-    figures.draw_curves(path, title, "SiT training steps", curves)
+    figures.draw_curves(path, CURVES_TITLE, "SiT training steps", curves)
 
 
 def main_comparison(results, figure_path, link):
@@ -726,7 +821,9 @@ def full_page(args, results, vaes):
     lines += predictors.prediction_section(results, vaes)
     if predictors.draw_predictors(results, vaes, "docs/predictors.png"):
         lines += ["![distance over four measures](docs/predictors.png)", ""]
-    lines += [*remark(16), *retrained(results)]
+    lines += remark(16)
+    lines += long_training(results, args.long_vaes, args.long_points, "docs/long.png")
+    lines += [*remark(17), *retrained(results)]
     return [*lines, *attribute_table()]
 
 

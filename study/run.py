@@ -157,6 +157,21 @@ LONG_BASE_FACTOR = 6
 EARLY_POINTS = (100, 200, 300, 400)
 EARLY_RATES = (1e-3, 3e-4)
 
+# SiTs that are trained ten times as long, on a GPU (study/gpu.py): on the main pair with all seeds
+# of its VAEs, and on the controls that tell alignment to meaning from alignment to anything.
+LONG_VAES = (
+    "plain",
+    "send",
+    "plain_s1",
+    "send_s1",
+    "plain_s2",
+    "send_s2",
+    "shuffled",
+    "random_teacher",
+)
+LONG_POINTS = (2000, 5000, 10000, 20000)
+LONG_VARIANT = "-20k"
+
 # `plain_short` is tuned for this share of the steps. It was found by trying and gives `send`'s
 # PSNR.
 SHORT_TUNING_SHARE = 0.44
@@ -204,6 +219,8 @@ def parse_arguments(argv=None):
         args.scale = "study/scale.json"
     args.early_points = EARLY_POINTS
     args.early_rates = EARLY_RATES
+    args.long_vaes = [f"{vae}{LONG_VARIANT}" for vae in LONG_VAES]
+    args.long_points = LONG_POINTS
     return args
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import sample
 import train_sit
 import train_vae
 from probing import benchmarks
-from study import attributes, figures, judge, paper, predictors, report, results, run as study
+from study import attributes, figures, gpu, judge, paper, predictors, report, results, run as study
 
 PARSERS = {
     "train_vae.py": train_vae,
@@ -153,6 +154,72 @@ def test_the_most_urgent_job_that_is_ready_goes_first(logs):
     assert study.run_jobs(jobs, 1, 1, "out") == []
     with open("order") as file:
         assert file.read() == "early late other "
+
+
+def test_a_set_whose_judgement_is_kept_is_done(logs):
+    jobs = {"job": study.Job([], [notes("set", "a.npz"), notes("other", "b.npz")])}
+    write_json("a.json", {})
+    study.run_jobs(jobs, 1, 1, "out")
+    with open("order") as file:
+        assert file.read() == "other "
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan on a GPU
+
+
+@pytest.fixture
+def gpu_arguments(inside):
+    """Arguments of study/gpu.py in a folder with two of the study's VAEs."""
+    for vae in ("plain", "send"):
+        os.makedirs(f"runs/study/vae_{vae}")
+        open(f"runs/study/vae_{vae}/vae.safetensors", "w").close()
+    return gpu.parse_arguments(["--only", "main", "noise", "early", "--repa", "--seeds", "2"])
+
+
+def test_the_jobs_on_a_gpu_are_those_of_the_study(gpu_arguments, capsys):
+    jobs = dict(gpu.plan(gpu_arguments))
+    assert "there is no VAE `no_noise`" in capsys.readouterr().out
+    assert list(jobs)[:4] == ["long plain", "long send", "sit plain 0", "sit send 0"]
+    of_a_cpu = study.plan(study.parse_arguments(["--only", "main", "early", "--repa"]))
+    for name, commands in jobs.items():
+        for command in commands:
+            words = gpu.words_of(command, gpu_arguments)
+            assert words[0] in gpu.COMMANDS
+            parser = judge if words[0] == "study.judge" else PARSERS[f"{words[0]}.py"]
+            parser.parse_arguments(words[1:])
+        if not name.startswith("long"):
+            wanted = [
+                command for command in of_a_cpu[name].commands if "judge" not in command.words
+            ]
+            assert [command for command in commands if "judge" not in command.words] == wanted
+        # Every set is judged, right after it was drawn.
+        drawn = [k for k, command in enumerate(commands) if command.words.startswith("sample.py")]
+        for k in drawn:
+            assert commands[k + 1].product == commands[k].product.replace(".npz", ".json")
+
+
+def test_jobs_on_a_gpu_share_processes_and_one_that_fails_stops_no_other(logs, monkeypatch):
+    def main():
+        if sys.argv[1] == "fails":
+            raise UserError("no such thing")
+        open(sys.argv[1], "w").close()
+
+    stage = types.ModuleType("stage")
+    stage.main = main
+    monkeypatch.setitem(sys.modules, "stage", stage)
+    arguments = gpu.parse_arguments(["--jobs", "2", "--device", "cpu", "--limit", "60"])
+    arguments.out = "out"
+    monkeypatch.setattr(gpu, "words_of", lambda command, args: shlex.split(command.words))
+    jobs = [
+        ("broken", [study.Command("stage fails", "a"), study.Command("stage b", "b")]),
+        ("sound", [study.Command("stage c", "c"), study.Command("stage d", "d")]),
+        ("other", [study.Command("stage e", "e")]),
+    ]
+    assert gpu.run_jobs(jobs, arguments) == ["broken"]
+    assert sorted(name for name in os.listdir() if name != "out") == ["c", "d", "e"]
+    with open("out/log/gpu_broken.txt") as log:
+        assert "no such thing" in log.read()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,18 +364,18 @@ def write_runs(sets, arguments=()):
     sets: {(VAE, SiT seed, SiT step, suffix): distance in the classifier's features}; the other
     numbers follow from it. arguments: {VAE: flags in its config.json}.
     """
+    provenance = dict(
+        commit="abcdef0123", dirty=False, torch="9.9", device="a card", date="2030-01-02 03:04:05"
+    )
     os.makedirs("out/samples", exist_ok=True)
     for (vae, seed, step, suffix), distance in sets.items():
         judged = dict(
             classifier=distance,
             target=10 * distance,
             told=distance / 10,
-            settings=dict(sit_step=step, precision="fp32"),
+            settings=dict(sit_step=step, precision="fp32", provenance=provenance),
         )
         write_json(f"out/samples/{vae}_{seed}_{step}{suffix}.json", judged)
-    provenance = dict(
-        commit="abcdef0123", dirty=False, torch="9.9", device="a card", date="2030-01-02 03:04:05"
-    )
     for vae, flags in dict(arguments).items():
         os.makedirs(f"out/vae_{vae}", exist_ok=True)
         write_json(f"out/vae_{vae}/config.json", dict(arguments=flags, provenance=provenance))
@@ -343,6 +410,33 @@ def test_first_steps_have_averaged_and_raw_weights_and_their_difference(inside):
     half = 2.776 * 0.1 * (2 / 3) ** 0.5
     assert f"2 [{2 - half:.3g}, {2 + half:.3g}]" in raw
     assert "| 0.0003 |" not in text
+
+
+def test_longer_training_is_compared_over_the_seeds_of_the_vaes(inside):
+    sets = {}
+    for k, suffix in enumerate(("", "_s1", "_s2")):
+        for step, kind, plain, send in (
+            (2000, "", 6.0, 4.0),
+            (20000, "", 3.0, 3.1),
+            (20000, "-guided", 2.0, 1.0),
+        ):
+            sets[f"plain{suffix}-20k", 0, step, kind] = plain + 0.1 * k
+            sets[f"send{suffix}-20k", 0, step, kind] = send + 0.1 * k
+    sets["plain_short-20k", 0, 2000, ""] = 5.0
+    write_runs(sets)
+    text = page()
+    text = text[text.index("## 17.") :]
+    assert "| plain_s1-20k | 6.1 (1) | - | - | 3.1 (1) | 2.1 (1) | 31 (1) | 21 (1) |" in text
+    assert "plain_short" not in text
+    # Two groups of three values with standard deviation 0.1: t(0.975, 4) = 2.776.
+    half = 2.776 * 0.1 * (2 / 3) ** 0.5
+    assert (
+        f"difference over VAE seeds 2 [{2 - half:.3g}, {2 + half:.3g}]. The direction agrees"
+        in text
+    )
+    assert f"-0.1 [{-0.1 - half:.3g}, {-0.1 + half:.3g}]. The direction is undecided" in text
+    assert "Step 20000, guided: send 1.1 ± 0.25 (3) is 48% lower than plain 2.1 ± 0.25 (3)" in text
+    assert os.path.exists("docs/long.png")
 
 
 def test_the_cost_of_alignment_is_given_for_each_base(inside):
@@ -479,9 +573,10 @@ def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
         "random_teacher": "control",
     }
     assert (
-        "4 training runs, 2030-01-02 to 2030-01-02. Device of a process: a card; torch 9.9; "
-        "precision: no samples yet; commits abcdef0."
+        "4 training runs: 2030-01-02 to 2030-01-02; a card; torch 9.9; commits abcdef0.\n"
     ) in page()
+    write_runs({("plain", 0, 300, ""): 3.0})
+    assert "1 sets of samples, in fp32: 2030-01-02 to 2030-01-02; a card; torch 9.9" in page()
 
 
 @pytest.fixture
