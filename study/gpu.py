@@ -151,8 +151,10 @@ def words_of(command, args):
     module = words[0].removesuffix(".py")
     words = [module, *words[1:], "--device", args.device]
     if module == "train_sit":
-        # The kernels of the first process are found in PyTorch's cache by all others.
-        return [*words, "--workers", "0", "--compile" if args.compile else "--no-compile"]
+        # The kernels of the first process are found in PyTorch's cache by all others. To compile
+        # the vision model takes longer than the few steps with REPA.
+        is_compiled = args.compile and words[words.index("--repa") + 1] == "0"
+        return [*words, "--workers", "0", "--compile" if is_compiled else "--no-compile"]
     if "--batch-size" not in words:
         words += ["--batch-size", "500"]
     return [*words, "--no-compile"]
@@ -162,11 +164,19 @@ def words_of(command, args):
 # Running them
 
 
-def work(jobs, answers, args):
-    """In a process of its own: runs jobs (name, commands) from a queue until None comes, and puts
-    (name, whether all went well) into another."""
+def work(jobs, taken, answers, args):
+    """In a process of its own: runs jobs [(name, commands)], each time the first that no process
+    has taken, and puts (name, whether all went well) into a queue.
+
+    taken: how many jobs have been taken, a multiprocessing.Value."""
     torch.set_num_threads(1)
-    for name, commands in iter(jobs.get, None):
+    while True:
+        with taken.get_lock():
+            number = taken.value
+            taken.value += 1
+        if number >= len(jobs):
+            return
+        name, commands = jobs[number]
         path = f"{args.out}/log/gpu_{name.replace(' ', '_')}.txt"
         with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
             # What compilers print, too.
@@ -199,11 +209,12 @@ def run_jobs(jobs, args):
     left = [job for job in jobs if not all(map(run.is_done, job[1]))]
     say(f"{len(jobs) - len(left)} of {len(jobs)} jobs are done already")
     names = [name for name, _ in left]
-    queue = context.Queue()
+    # The jobs themselves are handed on by forking. A queue that a killed process has not read keeps
+    # its writer from ending.
+    taken = context.Value("i", 0)
     answers = context.Queue()
-    for job in [*left, *[None] * args.jobs]:
-        queue.put(job)
-    workers = [context.Process(target=work, args=(queue, answers, args)) for _ in range(args.jobs)]
+    shared = (left, taken, answers, args)
+    workers = [context.Process(target=work, args=shared) for _ in range(args.jobs)]
     failed = []
     try:
         for worker in workers:

@@ -6,13 +6,14 @@ commands parse and build networks that fit (study/paper.py); the judges measure 
 import json
 import os
 import shlex
+import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import VAE, script
+from conftest import ROOT, VAE, script
 from PIL import Image
 from scipy import stats
 
@@ -220,6 +221,30 @@ def test_jobs_on_a_gpu_share_processes_and_one_that_fails_stops_no_other(logs, m
     assert sorted(name for name in os.listdir() if name != "out") == ["c", "d", "e"]
     with open("out/log/gpu_broken.txt") as log:
         assert "no such thing" in log.read()
+
+
+def test_a_limit_ends_the_jobs_on_a_gpu(logs):
+    code = """
+import sys, time, types
+from study import gpu, run
+stage = types.ModuleType("stage")
+stage.main = lambda: time.sleep(100) if "slow" in sys.argv else open(sys.argv[1], "w").close()
+sys.modules["stage"] = stage
+gpu.words_of = lambda command, args: command.words.split()
+args = gpu.parse_arguments(["--jobs", "2", "--device", "cpu", "--limit", "3"])
+args.out = "out"
+# More jobs than a pipe holds.
+jobs = [("slow", [run.Command("stage slow", "a")]), ("quick", [run.Command("stage b", "b")])]
+jobs += [(f"job {k} " + "x" * 1000, [run.Command("stage slow", "c")]) for k in range(500)]
+print(len(gpu.run_jobs(jobs, args)))
+"""
+    environment = dict(os.environ, PYTHONPATH=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "501"
+    assert os.path.exists("b")
 
 
 # --------------------------------------------------------------------------------------------------
