@@ -68,7 +68,11 @@ def parse_arguments(argv=None):
 def plan(args):
     """Lists of commands, [(name, [study.run.Command, ...])], the longest and most urgent first."""
     chosen = [question for question in run.QUESTIONS if question in args.only]
-    vaes = [vae for vae in run.vaes_of(chosen) if has_vae(args, vae)]
+    vaes = run.vaes_of(chosen)
+    missing = [vae for vae in vaes if not has_vae(args, vae)]
+    if missing:
+        say(f"note: study/run.py has yet to train {', '.join(missing)} in {args.out}")
+    vaes = [vae for vae in vaes if vae not in missing]
     jobs = []
     if args.long:
         jobs += [long_job(args, vae) for vae in run.LONG_VAES if vae in vaes]
@@ -82,10 +86,7 @@ def plan(args):
 
 
 def has_vae(args, vae):
-    if os.path.exists(f"{args.out}/vae_{vae}/vae.safetensors"):
-        return True
-    say(f"note: there is no VAE `{vae}` in {args.out}; study/run.py trains it")
-    return False
+    return os.path.exists(f"{args.out}/vae_{vae}/vae.safetensors")
 
 
 def sit_job(args, vae, seed):
