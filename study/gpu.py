@@ -68,21 +68,26 @@ def parse_arguments(argv=None):
 def plan(args):
     """Lists of commands, [(name, [study.run.Command, ...])], the longest and most urgent first."""
     chosen = [question for question in run.QUESTIONS if question in args.only]
-    vaes = run.vaes_of(chosen)
-    missing = [vae for vae in vaes if not has_vae(args, vae)]
-    if missing:
-        say(f"note: study/run.py has yet to train {', '.join(missing)} in {args.out}")
-    vaes = [vae for vae in vaes if vae not in missing]
+    vaes = existing_vaes(args, run.vaes_of(chosen))
     jobs = []
     if args.long:
         jobs += [long_job(args, vae) for vae in run.LONG_VAES if vae in vaes]
-    for seed in range(args.seeds):
+    jobs += [sit_job(args, vae, 0) for vae in vaes]
+    if "early" in chosen:
+        jobs += early_jobs(args)
+    for seed in range(1, args.seeds):
         jobs += [sit_job(args, vae, seed) for vae in vaes]
-        if seed == 0 and "early" in chosen:
-            jobs += early_jobs(args)
     if args.repa and "main" in chosen:
         jobs += repa_jobs(args)
     return jobs
+
+
+def existing_vaes(args, vaes):
+    """Those of `vaes` that are trained. The others are named in a note."""
+    missing = [vae for vae in vaes if not has_vae(args, vae)]
+    if missing:
+        say(f"note: study/run.py has yet to train {', '.join(missing)} in {args.out}")
+    return [vae for vae in vaes if vae not in missing]
 
 
 def has_vae(args, vae):
