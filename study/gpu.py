@@ -194,13 +194,15 @@ def work(jobs, taken, answers, args):
 
 def run_job(commands, args):
     """Runs the commands of a job one after the other, as `python -m <module>` would. Returns
-    whether all went well."""
+    whether all of them came to their end."""
     try:
         for command in commands:
             if not run.is_done(command):
                 sys.argv = words_of(command, args)
                 print("$", *sys.argv, flush=True)
                 sys.modules[sys.argv[0]].main()
+                if run.is_stopped(command):
+                    return False
     except (Exception, SystemExit):
         traceback.print_exc()
         return False

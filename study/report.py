@@ -35,6 +35,8 @@ PAIR_CURVES = {
     "plain": ("the same VAE, no alignment", "none"),
     "send": ("Send-VAE", "aligned"),
 }
+# A curve of fewer says no more than a table.
+MIN_POINTS_TO_DRAW = 3
 CURVES_TITLE = (
     "Frechet distance of samples in an independent classifier's features (smaller is better)"
 )
@@ -678,11 +680,12 @@ def long_training(results, vaes, points, path):
 
     vaes: names of the SiTs' VAEs with their suffix; points: SiT steps; path: of the figure.
     """
-    last = points[-1]
-    lines = [f"## 17. {last:,} steps of a SiT", ""]
-    measured = [vae for vae in vaes if results.by_sit_seed(vae, points[0])]
-    if not measured:
+    lines = ["## 17. SiTs that are trained longer", ""]
+    points = [step for step in points if any(results.by_sit_seed(vae, step) for vae in vaes)]
+    if not points:
         return [*lines, "Not measured yet.", ""]
+    last = points[-1]
+    measured = [vae for vae in vaes if results.by_sit_seed(vae, points[0])]
     lines += [
         "One SiT on each VAE, trained on a GPU (`python -m study.gpu`). Distance in the "
         "classifier's features, of 10,000 samples: it is smaller than that of 1,000 samples of "
@@ -711,7 +714,7 @@ def long_training(results, vaes, points, path):
         lines.append(line)
     lines += ["", *long_differences(results, measured, points), ""]
     if draw_long_curves(results, measured, points, path):
-        lines += [f"![distance over {last:,} SiT steps]({path})", ""]
+        lines += [f"![distance over {last} SiT steps]({path})", ""]
     return lines
 
 
@@ -747,12 +750,12 @@ def long_differences(results, vaes, points):
 
 def draw_long_curves(results, vaes, points, path):
     """Draws the distances of the main pair along longer training, a dot for each VAE seed. Returns
-    whether there are any."""
+    whether there are enough."""
     curves = {}
     for vae, (label, kind) in PAIR_CURVES.items():
         values = {step: over_seeds(results, vaes, vae, step) for step in points}
         curves[label] = (COLOURS[kind], {step: found for step, found in values.items() if found})
-    if not all(values for _, values in curves.values()):
+    if any(len(values) < MIN_POINTS_TO_DRAW for _, values in curves.values()):
         return False
     figures.draw_curves(path, CURVES_TITLE, "SiT training steps", curves)
     return True

@@ -237,6 +237,9 @@ class Command(NamedTuple):
     words: str
     # A file whose existence shows that the command has been run.
     product: str
+    # The checkpoint that training leaves at its end. A run that a signal stopped ends well too, but
+    # without it.
+    checkpoint: str | None = None
 
 
 class Job(NamedTuple):
@@ -357,7 +360,8 @@ def vae_job(args, name, recipe, steps, rate):
         f"train_vae.py {data} {VAE_TRAINING} {flags} {start}"
         f"--steps {steps} --lr {rate} --out {folder}"
     )
-    return Job(after, [Command(words, f"{folder}/checkpoints/{steps:09d}.pt")])
+    checkpoint = f"{folder}/checkpoints/{steps:09d}.pt"
+    return Job(after, [Command(words, checkpoint, checkpoint)])
 
 
 def random_teacher_job(args):
@@ -454,7 +458,7 @@ def sit_commands(args, vae, seed, variant, flags, draws):
             # Only the last checkpoints are kept, so it is the set drawn at a step that shows that
             # the training up to this step is done.
             words = f"{training} --seed {seed} --steps {step} --out {folder}"
-            commands.append(Command(words, path))
+            commands.append(Command(words, path, f"{folder}/checkpoints/{step:09d}.pt"))
         words = f"sample.py --sit {folder} {SAMPLER} {sampler_flags} --out {path}"
         commands.append(Command(words, path))
         sets.append(path)
@@ -508,8 +512,7 @@ def run_job(name, commands, threads, out):
         if run_command(command, threads, log_path) != 0:
             say(f"failed    {name}: see {log_path}")
             return False
-        # A run that was stopped by a signal ends well too, but without its last checkpoint.
-        if "/checkpoints/" in command.product and not os.path.exists(command.product):
+        if is_stopped(command):
             say(f"stopped   {name}; rerun the same command to resume it")
             return False
     say(f"done      {name}")
@@ -521,6 +524,11 @@ def is_done(command):
     set itself may be gone."""
     judgement = command.product.replace(".npz", ".json")
     return os.path.exists(command.product) or os.path.exists(judgement)
+
+
+def is_stopped(command):
+    """Whether a command that has ended was stopped before its end."""
+    return command.checkpoint is not None and not os.path.exists(command.checkpoint)
 
 
 def run_command(command, threads, log_path):

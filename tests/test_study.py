@@ -132,7 +132,8 @@ def test_a_job_that_fails_stops_those_that_depend_on_it_and_no_others(logs):
 def test_done_products_are_skipped_and_a_run_that_a_signal_stopped_is_not_done(logs):
     os.makedirs("out/vae/checkpoints")
     checkpoint = "out/vae/checkpoints/5.pt"
-    jobs = {"job": study.Job([], [notes("1", "there"), notes("2", checkpoint)])}
+    stopped = notes("2", "set")._replace(checkpoint=checkpoint)
+    jobs = {"job": study.Job([], [notes("1", "there"), stopped, notes("3", "drawn")])}
 
     # The first command is done. The second ends well, but without its last checkpoint.
     open("there", "w").close()
@@ -143,7 +144,12 @@ def test_done_products_are_skipped_and_a_run_that_a_signal_stopped_is_not_done(l
     open(checkpoint, "w").close()
     assert study.run_jobs(jobs, 1, 1, "out") == []
     with open("order") as file:
-        assert file.read() == "2 "
+        assert file.read() == "2 2 3 "
+    open("set", "w").close()
+    open("drawn", "w").close()
+    assert study.run_jobs(jobs, 1, 1, "out") == []
+    with open("order") as file:
+        assert file.read() == "2 2 3 "
 
 
 def test_the_most_urgent_job_that_is_ready_goes_first(logs):
@@ -442,6 +448,7 @@ def test_longer_training_is_compared_over_the_seeds_of_the_vaes(inside):
     for k, suffix in enumerate(("", "_s1", "_s2")):
         for step, kind, plain, send in (
             (2000, "", 6.0, 4.0),
+            (5000, "", 5.0, 3.5),
             (20000, "", 3.0, 3.1),
             (20000, "-guided", 2.0, 1.0),
         ):
@@ -451,7 +458,7 @@ def test_longer_training_is_compared_over_the_seeds_of_the_vaes(inside):
     write_runs(sets)
     text = page()
     text = text[text.index("## 17.") :]
-    assert "| plain_s1-20k | 6.1 (1) | - | - | 3.1 (1) | 2.1 (1) | 31 (1) | 21 (1) |" in text
+    assert "| plain_s1-20k | 6.1 (1) | 5.1 (1) | 3.1 (1) | 2.1 (1) | 31 (1) | 21 (1) |" in text
     assert "plain_short" not in text
     # Two groups of three values with standard deviation 0.1: t(0.975, 4) = 2.776.
     half = 2.776 * 0.1 * (2 / 3) ** 0.5
