@@ -480,8 +480,9 @@ def test_the_cost_of_alignment_is_given_for_each_base(inside):
     with open("out/vae_base_long/metrics.jsonl", "w") as file:
         file.write('{"step": 10, "val_psnr": 30.0}\n{"step": 30, "val_psnr": 35.5}\n')
     text = page()
-    assert "| base | 5 | - | 33.00 | 31.50 | -1.50 | - | - |" in text
-    assert "| base_long | 30 | 35.50 | 36.00 | 35.60 | -0.40 | - | - |" in text
+    # 10^-3.15 is 7.08e-4 and 10^-3.3 is 5.01e-4.
+    assert "| base | 5 | - | 33.00 | 31.50 | -1.50 | +2.07 | - | - |" in text
+    assert "| base_long | 30 | 35.50 | 36.00 | 35.60 | -0.40 | +0.24 | - | - |" in text
     assert "| scratch |" not in text
 
 
@@ -722,12 +723,17 @@ def test_a_section_is_the_recorded_one_until_the_runs_have_all_of_it(inside):
     section = text[text.index("## 2.") : text.index("## 3.")]
     assert "*As found by the earlier training of the same recipe" in section
     assert "send 4.21 is 15% lower than no_noise 4.93" in section
+    # What the runs at hand say of its pair at the other step stands apart.
+    section = text[text.index("## 18.") :]
+    assert "Step 750: send 3 is 0% higher than no_noise 3" in section
+    assert "plain" not in section[: section.index("\n## ")]
 
     write_runs({("no_noise", k, 2000, ""): 1.5 for k in (0, 1)})
     assert "## 2. Noise injection †\n" in full_page(["plain", "send", "no_noise"])
     write_runs({("no_noise", 2, 2000, ""): 1.5})
     text = full_page(["plain", "send", "no_noise"])
     assert "## 2. Noise injection\n" in text
+    assert "## 18." not in text
     assert "send 1 is 33% lower than no_noise 1.5" in text
 
 
