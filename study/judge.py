@@ -26,7 +26,7 @@ from torch import nn
 
 from common.files import UserError, read_weights, reading, state_hash, write_json, writing
 from common.pictures import ImageSet, TrainingBatches, from_uint8, load_batches, save_grid, to_uint8
-from common.processes import processor_seconds, run_main, say, setup
+from common.processes import processor_seconds, run_main, say, setup, without_tf32
 from common.weights import load_vae
 from models import VFM
 import fid
@@ -159,9 +159,10 @@ def ship_classifier(args):
 
 class Judge:
     """The features of the classifier and, if args.vfm names it, of the vision model; and those of
-    args.real real training pictures, which are kept in a file beside the classifier."""
+    args.real real training pictures, which are kept in a file beside the classifier. The networks
+    run on `device`, without TF32; features are on the CPU."""
 
-    def __init__(self, args):
+    def __init__(self, args, device=CPU):
         self.classifier = load_classifier(args.classifier)
         self.vfm = None
         if args.vfm is not None:
@@ -171,6 +172,10 @@ class Judge:
         hashes = [pictures.set.fingerprint[:8], state_hash(self.classifier.state_dict())[:8]]
         if self.vfm is not None:
             hashes.append(state_hash(self.vfm.state_dict())[:8])
+        self.device = device
+        self.classifier.to(device)
+        if self.vfm is not None:
+            self.vfm.to(device)
         name = f"real-{pictures.count}-{'-'.join(hashes)}.pt"
         path = os.path.join(os.path.dirname(args.classifier), name)
         if not os.path.exists(path):
@@ -179,15 +184,18 @@ class Judge:
                 torch.save(features, file)
         self.real = read_weights(path)[0]
 
+    @without_tf32()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.no_grad()
     def features(self, images):
         """images: uint8 (B,3,H,W). Returns the features "classifier" (B,128); with a vision model
         "target" (B,D), its mean token; and the classifier's "logits" (B,classes)."""
+        images = images.to(self.device)
         logits, pooled = self.classifier(images)
         found = {"classifier": pooled, "logits": logits}
         if self.vfm is not None:
             found["target"] = self.vfm(from_uint8(images)).mean(1)
-        return found
+        return {name: features.cpu() for name, features in found.items()}
 
     def features_of_set(self, pictures):
         """The features of all pictures of a fid.Pictures."""
@@ -218,10 +226,10 @@ def mean_and_covariance(x):
     return x.mean(0), torch.cov(x.T)
 
 
-def judge_samples(args):
+def judge_samples(args, device):
     """Writes <set>.json beside each set of samples: its distances and, as "told", the share of its
     pictures that the classifier assigns to their label."""
-    judge = Judge(args)
+    judge = Judge(args, device)
     for path in args.paths:
         pictures = fid.Pictures(path)
         features = judge.features_of_set(pictures)
@@ -433,6 +441,9 @@ def parse_arguments(argv=None):
         help="ifid: training pictures among which neighbours are looked for, evenly spaced "
         "(default: all)",
     )
+    p.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="samples: where networks run"
+    )
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -443,7 +454,7 @@ def parse_arguments(argv=None):
 
 def main():
     args = parse_arguments()
-    setup("cpu")
+    device = setup(args.device if args.subject == "samples" else "cpu")
     if args.subject != "classifier" and not args.paths:
         raise UserError(f"python -m study.judge {args.subject}: name the files or folders to judge")
     if args.subject == "classifier":
@@ -453,7 +464,7 @@ def main():
     elif args.subject == "ship":
         ship_classifier(args)
     elif args.subject == "samples":
-        judge_samples(args)
+        judge_samples(args, device)
     elif args.subject == "latents":
         draw_latents(args)
     elif args.subject == "ifid":
