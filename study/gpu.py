@@ -9,8 +9,7 @@ The VAEs, the classifier and the measures are study/run.py's, which has to run f
 study is so small that a process launches its kernels slower than a card runs them, so many
 processes share the card. They are forked, which spares each command the seconds of imports, and a
 process runs all commands of a SiT. NVIDIA's MPS lets their kernels run at the same time; start it
-before (`nvidia-cuda-mps-control -d`). On an H200 with 16 cores, 14 processes made 277 steps a second
-together, 492 with MPS, and one alone 44.
+before (`nvidia-cuda-mps-control -d`).
 
 Each set of samples is judged as soon as it is drawn. What is judged already is left out, also if
 the set is gone, so the judgements are all that need be kept of a card that is lent for an hour.
