@@ -363,17 +363,20 @@ def guidance_table(results):
         "assigned to their class, guided, %",
     )
     for vae in PAIR:
-        told = [100 * share for share in results.values(vae, last, "told")]
-        told_guided = [100 * share for share in results.values(vae, last, "told", "-guided")]
         line = table_line(
             vae,
             mean_and_interval(results.values(vae, last, "classifier", "-guided")),
             mean_and_interval(results.values(vae, last, "target", "-guided")),
-            mean_and_interval(told),
-            mean_and_interval(told_guided),
+            told_cell(results, vae, last),
+            told_cell(results, vae, last, "-guided"),
         )
         lines.append(line)
     return lines
+
+
+def told_cell(results, vae, step, suffix=""):
+    """The share of samples that the classifier assigns to their class, in percent, as text."""
+    return mean_and_interval([100 * share for share in results.values(vae, step, "told", suffix)])
 
 
 def speed_up(results):
@@ -713,14 +716,12 @@ def long_training(results, vaes, points, path):
         ),
     ]
     for vae in measured:
-        told = [100 * share for share in results.values(vae, last, "told")]
-        told_guided = [100 * share for share in results.values(vae, last, "told", "-guided")]
         line = table_line(
             vae,
             *(mean_and_interval(results.values(vae, point)) for point in points),
             mean_and_interval(results.values(vae, last, suffix="-guided")),
-            mean_and_interval(told),
-            mean_and_interval(told_guided),
+            told_cell(results, vae, last),
+            told_cell(results, vae, last, "-guided"),
         )
         lines.append(line)
     lines += ["", *long_differences(results, measured, points), ""]

@@ -172,7 +172,7 @@ REMARKS = {
     15: "The edits of *wheels* change the colours: from warm and dark to cold and bright, as "
     "most pictures of machines are brighter and bluer than those of animals. No wheel "
     "appears. The classifier of pictures calls that *wheels* all the same, and everything "
-    "that goes with it, so leakage is nearly the same share (0.57 to 0.60) of the own "
+    "that goes with it, so leakage is nearly the same share (0.57 to 0.61) of the own "
     "change in all VAEs, with alignment and without. Both are smaller with alignment. A "
     "guess: aligned latents spread over more directions, so that three standard deviations "
     "along one of them change a picture less. DCI's informativeness is the probe in another "
