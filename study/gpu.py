@@ -12,7 +12,7 @@ process runs all commands of a SiT. NVIDIA's MPS lets their kernels run at the s
 before (`nvidia-cuda-mps-control -d`).
 
 Each set of samples is judged as soon as it is drawn. What is judged already is left out, also if
-the set is gone, so the judgements are all that need be kept of a card that is lent for an hour.
+the set is gone, so the judgements are all that need be kept of a rented card.
 """
 
 import argparse
