@@ -162,6 +162,10 @@ def introduction(args, results, vaes):
             f" and, with the SiTs that were trained further, at step {results.last_step}; the "
             "tables give the number of SiTs in brackets"
         )
+    machine = provenance(results)
+    # Remarks are about the full study.
+    if "machine" in REMARKS and not args.quick:
+        machine += f" {REMARKS['machine']}"
     return [
         "# Results of the small-scale study",
         "",
@@ -188,7 +192,7 @@ def introduction(args, results, vaes):
         "is about the two VAEs at hand. An interval over VAE seeds, or from their spread "
         "(section 10), is about VAEs trained in this way.",
         "",
-        provenance(results),
+        machine,
         "",
         *existing_sets(results, vaes),
         "",
@@ -208,8 +212,6 @@ def provenance(results):
     text = f"{len(records)} training runs: {machines(records)}."
     if drawn:
         text += f" {len(drawn)} sets of samples, in {precisions}: {machines(drawn)}."
-    if "machine" in REMARKS:
-        text += f" {REMARKS['machine']}"
     return text
 
 

@@ -606,7 +606,7 @@ def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
         "random_teacher": "control",
     }
     assert (
-        "4 training runs: 2030-01-02 to 2030-01-02; a card; torch 9.9; commits abcdef0.\n"
+        "4 training runs: 2030-01-02 to 2030-01-02; a card; torch 9.9; commits abcdef0."
     ) in page()
     write_runs({("plain", 0, 300, ""): 3.0})
     assert "1 sets of samples, in fp32: 2030-01-02 to 2030-01-02; a card; torch 9.9" in page()
@@ -671,6 +671,7 @@ def test_remarks_stand_in_their_section_and_undecided_directions_are_named(
     text = page()
     assert "sections [10], which have no remark" in capsys.readouterr().out
     assert "An abacus." in text
+    assert "An abacus." not in page(quick=True)
     assert text.index("## 1.") < text.index("Because of this.") < text.index("## 2.")
 
 
@@ -723,18 +724,26 @@ def test_a_section_is_the_recorded_one_until_the_runs_have_all_of_it(inside):
     section = text[text.index("## 2.") : text.index("## 3.")]
     assert "*As found by the earlier training of the same recipe" in section
     assert "send 4.21 is 15% lower than no_noise 4.93" in section
-    # What the runs at hand say of its pair at the other step stands apart.
-    section = text[text.index("## 18.") :]
-    assert "Step 750: send 3 is 0% higher than no_noise 3" in section
-    assert "plain" not in section[: section.index("\n## ")]
 
     write_runs({("no_noise", k, 2000, ""): 1.5 for k in (0, 1)})
     assert "## 2. Noise injection †\n" in full_page(["plain", "send", "no_noise"])
     write_runs({("no_noise", 2, 2000, ""): 1.5})
     text = full_page(["plain", "send", "no_noise"])
     assert "## 2. Noise injection\n" in text
-    assert "## 18." not in text
     assert "send 1 is 33% lower than no_noise 1.5" in text
+
+
+def test_verdicts_on_recorded_pairs_by_the_runs_at_hand_stand_apart(inside):
+    both_steps = [("plain", 2.0), ("send", 1.0)]
+    sets = {(vae, k, 2000, ""): distance for vae, distance in both_steps for k in range(3)}
+    sets.update({(vae, k, 750, ""): distance for vae, distance in both_steps for k in range(3)})
+    sets["no_noise", 0, 750, ""] = 4.0
+    write_runs(sets)
+    section = full_page(["plain", "send", "no_noise"]).partition("## 18. ")[2].partition("\n## ")[0]
+    assert "Step 750: send 1 is 75% lower than no_noise 4" in section
+    # Section 1 has its own verdict, and no_noise no sets at the later step.
+    assert "plain" not in section
+    assert "Step 2000" not in section
 
 
 def test_recorded_numbers_are_those_of_the_recorded_page():
