@@ -109,23 +109,19 @@ def repa_jobs(args):
     planned = {}
     for seed in range(args.seeds):
         for vae in run.QUESTIONS["main"]:
-            run.add_sits(planned, args, vae, seed)
-    return [
-        (name, judged_at_once(args, job.commands))
-        for name, job in planned.items()
-        if "-repa" in name
-    ]
+            run.add_repa_sit(planned, args, vae, seed)
+    return all_judged_at_once(args, planned)
 
 
 def early_jobs(args):
-    jobs = []
-    for rate in run.EARLY_RATES:
-        for seed in range(args.seeds):
-            for vae in run.QUESTIONS["main"]:
-                commands = run.early_job(args, vae, rate, seed).commands
-                name = f"early {vae} {rate:g} {seed}"
-                jobs.append((name, judged_at_once(args, commands)))
-    return jobs
+    planned = {}
+    run.add_early_sits(planned, args)
+    return all_judged_at_once(args, planned)
+
+
+def all_judged_at_once(args, planned):
+    """Jobs {name: study.run.Job} in the form of this plan."""
+    return [(name, judged_at_once(args, job.commands)) for name, job in planned.items()]
 
 
 def long_job(args, vae):

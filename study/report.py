@@ -37,9 +37,6 @@ PAIR_CURVES = {
 }
 # A curve of fewer says no more than a table.
 MIN_POINTS_TO_DRAW = 3
-CURVES_TITLE = (
-    "Frechet distance of samples in an independent classifier's features (smaller is better)"
-)
 
 # --------------------------------------------------------------------------------------------------
 # Directions
@@ -78,10 +75,14 @@ def verdicts(results, section_number):
     for smaller, larger in section.pairs:
         found.append(verdict(results, smaller, larger, section.paper_gfid, results.compare_step))
         last = results.last_step
-        both = results.by_sit_seed(smaller, last) and results.by_sit_seed(larger, last)
-        if last != results.compare_step and both:
+        if last != results.compare_step and have_sets(results, smaller, larger, last):
             found.append(verdict(results, smaller, larger, section.paper_gfid, last))
     return found
+
+
+def have_sets(results, smaller, larger, step):
+    """Whether both VAEs have sets of samples of this SiT step."""
+    return bool(results.by_sit_seed(smaller, step) and results.by_sit_seed(larger, step))
 
 
 def verdict(results, smaller, larger, paper_gfid, step):
@@ -692,11 +693,13 @@ def early_lines(results, points, rate, suffix, weights):
 # Section 17: SiTs that are trained ten times as long
 
 
-def long_training(results, vaes, points, path):
+def long_training(results, vaes, variant, points, path):
     """Distances of 10,000 samples along longer training, without guidance and, at the end, with it.
 
-    vaes: names of the SiTs' VAEs with their suffix; points: SiT steps; path: of the figure.
+    variant: what the names of these SiTs have after the VAE's; points: SiT steps; path: of the
+    figure.
     """
+    vaes = [f"{vae}{variant}" for vae in vaes]
     lines = ["## 17. SiTs that are trained longer", ""]
     points = [step for step in points if any(results.by_sit_seed(vae, step) for vae in vaes)]
     if not points:
@@ -726,30 +729,25 @@ def long_training(results, vaes, points, path):
             told_cell(results, vae, last, "-guided"),
         )
         lines.append(line)
-    lines += ["", *long_differences(results, measured, points), ""]
-    if draw_long_curves(results, measured, points, path):
+    lines += ["", *long_differences(results, variant, points), ""]
+
+    def over_seeds(vae, step):
+        return results.over_vae_seeds(vae, step=step, variant=variant)
+
+    drawn = [[step for step in points if over_seeds(vae, step)] for vae in PAIR]
+    if min(map(len, drawn)) >= MIN_POINTS_TO_DRAW:
+        draw_pair_curves(path, points, over_seeds)
         lines += [f"![distance over {last} SiT steps]({path})", ""]
     return lines
 
 
-def seeds_of(vaes, vae):
-    """Those of `vaes` that are seeds of a VAE of the main pair."""
-    return [name for name in vaes if name.startswith((f"{vae}-", f"{vae}_s"))]
-
-
-def over_seeds(results, vaes, vae, step, suffix=""):
-    """The distances at a SiT step, one for each seed of a VAE of the main pair."""
-    found = [results.values(name, step, suffix=suffix) for name in seeds_of(vaes, vae)]
-    return [float(np.mean(values)) for values in found if values]
-
-
-def long_differences(results, vaes, points):
+def long_differences(results, variant, points):
     """List items: the difference of the pair over VAE seeds at each step."""
     items = []
     columns = [(point, "") for point in points] + [(points[-1], "-guided")]
     for step, suffix in columns:
-        plain = over_seeds(results, vaes, "plain", step, suffix)
-        send = over_seeds(results, vaes, "send", step, suffix)
+        plain = results.over_vae_seeds("plain", step=step, variant=variant, suffix=suffix)
+        send = results.over_vae_seeds("send", step=step, variant=variant, suffix=suffix)
         if min(len(plain), len(send)) < 2:
             continue
         difference = welch(smaller=send, larger=plain)
@@ -760,19 +758,6 @@ def long_differences(results, vaes, points):
             f"direction {direction(difference)}."
         )
     return items
-
-
-def draw_long_curves(results, vaes, points, path):
-    """Draws the distances of the main pair along longer training, a dot for each VAE seed. Returns
-    whether there are enough."""
-    curves = {}
-    for vae, (label, kind) in PAIR_CURVES.items():
-        values = {step: over_seeds(results, vaes, vae, step) for step in points}
-        curves[label] = (COLOURS[kind], {step: found for step, found in values.items() if found})
-    if any(len(values) < MIN_POINTS_TO_DRAW for _, values in curves.values()):
-        return False
-    figures.draw_curves(path, CURVES_TITLE, "SiT training steps", curves)
-    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -794,20 +779,26 @@ def attribute_table():
     return lines
 
 
-def draw_main_curves(results, path):
-    """Draws the distance over the SiT's training for the main pair, a dot for each SiT seed."""
+def draw_pair_curves(path, steps, distances):
+    """Draws the distance over the SiT's training for the main pair, a dot for each value.
+
+    distances: a function from a VAE and a SiT step to a list, which may be empty.
+    """
     curves = {}
     for vae, (label, kind) in PAIR_CURVES.items():
-        values = {step: results.values(vae, step) for step in results.sit_points}
+        values = {step: distances(vae, step) for step in steps}
         curves[label] = (COLOURS[kind], {step: found for step, found in values.items() if found})
-    figures.draw_curves(path, CURVES_TITLE, "SiT training steps", curves)
+    title = (
+        "Frechet distance of samples in an independent classifier's features (smaller is better)"
+    )
+    figures.draw_curves(path, title, "SiT training steps", curves)
 
 
 def main_comparison(results, figure_path, link):
     """Section 1; its figure goes to `figure_path`, which is `link` seen from the page."""
     lines = comparison(results, 1)
-    if results.by_sit_seed("plain") and results.by_sit_seed("send"):
-        draw_main_curves(results, figure_path)
+    if have_sets(results, *PAIR, results.compare_step):
+        draw_pair_curves(figure_path, results.sit_points, results.values)
         lines += [*along_training(results), f"![distance over SiT steps]({link})", ""]
     return lines
 
@@ -838,7 +829,9 @@ def full_page(args, results, vaes):
     if predictors.draw_predictors(results, vaes, "docs/predictors.png"):
         lines += ["![distance over four measures](docs/predictors.png)", ""]
     lines += remark(16)
-    lines += long_training(results, args.long_vaes, args.long_points, "docs/long.png")
+    lines += long_training(
+        results, args.long_vaes, args.long_variant, args.long_points, "docs/long.png"
+    )
     lines += remark(17)
     at_hand = verdicts_at_hand(results)
     if at_hand:
@@ -952,7 +945,7 @@ def measured_verdicts(results, pairs, paper_gfid):
         verdict(results, smaller, larger, paper_gfid, step).sentence
         for smaller, larger in pairs
         for step in (results.compare_step, results.last_step)
-        if results.by_sit_seed(smaller, step) and results.by_sit_seed(larger, step)
+        if have_sets(results, smaller, larger, step)
     ]
 
 

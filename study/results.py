@@ -130,12 +130,15 @@ class Results:
             return None
         return Distance(found["mean"], found.get("half_interval"), found["sits"], True)
 
-    def over_vae_seeds(self, vae, sit_seed=None, step=None):
+    def over_vae_seeds(self, vae, sit_seed=None, step=None, variant="", suffix=""):
         """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the
-        mean over its SiTs. Seeds without such a value are left out."""
+        mean over its SiTs. Seeds without such a value are left out.
+
+        variant: what the names of the SiTs have after the VAE's.
+        """
         distances = []
         for name in (vae, f"{vae}_s1", f"{vae}_s2"):
-            by_seed = self.by_sit_seed(name, step)
+            by_seed = self.by_sit_seed(f"{name}{variant}", step, suffix=suffix)
             if sit_seed is None and by_seed:
                 distances.append(float(np.mean(list(by_seed.values()))))
             elif sit_seed in by_seed:

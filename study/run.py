@@ -219,7 +219,8 @@ def parse_arguments(argv=None):
         args.scale = "study/scale.json"
     args.early_points = EARLY_POINTS
     args.early_rates = EARLY_RATES
-    args.long_vaes = [f"{vae}{LONG_VARIANT}" for vae in LONG_VAES]
+    args.long_vaes = LONG_VAES
+    args.long_variant = LONG_VARIANT
     args.long_points = LONG_POINTS
     return args
 
@@ -400,15 +401,19 @@ def add_sits(jobs, args, vae, seed):
     points = args.size.sit_points if main else [args.size.compare_step]
     jobs[f"sit {vae} {seed}"] = sit_job(args, vae, seed, points, f"vae {vae}", more_sets=main)
     if args.repa and main:
-        jobs[f"sit {vae}-repa {seed}"] = sit_job(
-            args,
-            vae,
-            seed,
-            [args.size.compare_step],
-            f"vae {vae}",
-            variant="-repa",
-            flags=f"--repa 0.5 --repa-block 4 {TEACHER}{teacher_weights(args)}",
-        )
+        add_repa_sit(jobs, args, vae, seed)
+
+
+def add_repa_sit(jobs, args, vae, seed):
+    jobs[f"sit {vae}-repa {seed}"] = sit_job(
+        args,
+        vae,
+        seed,
+        [args.size.compare_step],
+        f"vae {vae}",
+        variant="-repa",
+        flags=f"--repa 0.5 --repa-block 4 {TEACHER}{teacher_weights(args)}",
+    )
 
 
 def sit_job(args, vae, seed, points, after, variant="", flags="--repa 0", more_sets=False):

@@ -129,12 +129,13 @@ REMARKS = {
     "in the classifier's features does not improve. Next: weight 2 with longer tuning, and a "
     "second seed of its VAE.",
     8: "Over all VAEs both probes follow the distance, more closely at step 2000 than at step "
-    "750, mostly because they separate plain latents from aligned ones. The Gini coefficient "
-    "follows it more closely than either. Neither probe ranks the aligned VAEs: `vavae` has one "
-    "of the highest probes and the largest distance of those with weight 1. Among the aligned "
-    "VAEs at step 2000, one of 18 intervals does not contain 0: that of the Gini coefficient's "
-    "Pearson correlation. Next: aligned VAEs with three seeds each, so that the differences "
-    "between them are larger than those between seeds.",
+    "750, mostly because they separate plain latents from aligned ones, and more closely "
+    "than any other measure here. Neither ranks the aligned VAEs: `vavae` has one of the "
+    "highest probes and, of those with 16 channels and weight 1, the largest distance. "
+    "Among the aligned VAEs at step 2000, two of 18 intervals do not contain 0: those of "
+    "Pearson's correlation of the Gini coefficient and of the mixture. Next: aligned VAEs "
+    "with three SiTs each, so that the differences between them are larger than those "
+    "between seeds.",
     9: "Alignment costs 1.42 dB where the paper reports 0.34. The guess that it costs less "
     "from a base that has converged is wrong: `base_long` was trained until its PSNR is "
     "flat (validation PSNR rises by 0.19 dB in 5,000 more steps, for `plain_long`, and by "
