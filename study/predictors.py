@@ -1,7 +1,5 @@
 """Which measure of a VAE predicts the distance of a SiT's samples: sections 8 and 14 to 16 of the
-page, and study/scale.json.
-
-A VAE's distance is that of the SiTs at hand or, marked with †, that of the earlier training."""
+page, and study/scale.json."""
 
 import itertools
 import json
@@ -24,7 +22,7 @@ from study.results import (
     LATENT_MEASURES,
     MEASURES,
 )
-from study.text import number, table_head, table_line
+from study.text import mean_and_interval, number, table_head, table_line
 
 COLOURS = {"none": "firebrick", "control": "dimgrey", "aligned": "navy"}
 LABELS = {"none": "no alignment", "control": "control", "aligned": "aligned"}
@@ -81,41 +79,12 @@ def family(vae):
     return next(name for name, (vaes, _) in FAMILIES.items() if first_seed in vaes)
 
 
-def distance_cell(distance):
-    """A Distance as text."""
-    if distance is None:
-        return "-"
-    text = f"{distance.mean:.3g}"
-    if distance.half is not None:
-        text += f" ± {distance.half:.2g}"
-    text += f" ({distance.sits})"
-    return f"{text} †" if distance.is_recorded else text
-
-
-def dagger_note(results, vaes):
-    """What † stands for, or nothing if no distance of these VAEs has it."""
-    steps = (results.compare_step, results.last_step)
-    found = [results.distance(vae, step) for vae in vaes for step in steps]
-    if not any(distance is not None and distance.is_recorded for distance in found):
-        return []
-    recorded = results.recorded
-    return [
-        f"† of the SiTs of the earlier training of the same recipe ({recorded['date']}, commits "
-        f"{', '.join(recorded['run_commits'])}), on other files of CIFAR-10. They are not kept. "
-        "All measures are of the VAEs at hand; the table at the end says how far the two differ.",
-        "",
-    ]
-
-
 class Table(NamedTuple):
-    """What is known of the VAEs that have a distance at one SiT step. The distances are all of the
-    SiTs at hand, or all of the earlier training's: those were on other files, and with other VAEs
-    of the same recipes."""
+    """What is known of the VAEs that have a distance at one SiT step."""
 
     step: int
-    is_recorded: bool
     vaes: list
-    # {VAE: number}
+    # {VAE: mean over its SiTs}
     distances: dict
     # {VAE: {measure: number or None}}
     numbers: dict
@@ -129,26 +98,15 @@ class Table(NamedTuple):
 
 
 def read_table(results, vaes, step):
-    found = {vae: results.distance(vae, step) for vae in vaes}
-    at_hand = [vae for vae in vaes if found[vae] and not found[vae].is_recorded]
-    recorded = [vae for vae in vaes if found[vae] and found[vae].is_recorded]
-    # Too few new distances to compare say less than the recorded ones.
-    is_recorded = bool(recorded) and len(at_hand) < MIN_VAES_TO_PREDICT
-    known = recorded if is_recorded else at_hand
-    numbers = {vae: results.measures(vae) for vae in known}
-    known = [vae for vae in known if any(n is not None for n in numbers[vae].values())]
-    return Table(step, is_recorded, known, {vae: found[vae].mean for vae in known}, numbers)
-
-
-def table_title(table):
-    """Which distances a table has, as the end of a sentence."""
-    whose = "of the earlier training †" if table.is_recorded else "of the SiTs at hand"
-    return f"step {table.step}, distances {whose}"
+    found = {vae: results.mean_distance(vae, step) for vae in vaes}
+    distances = {vae: distance for vae, distance in found.items() if distance is not None}
+    numbers = {vae: results.measures(vae) for vae in distances}
+    known = [vae for vae in distances if any(n is not None for n in numbers[vae].values())]
+    return Table(step, known, distances, numbers)
 
 
 def figure_title(table):
-    whose = " (SiTs of the earlier training)" if table.is_recorded else ""
-    return f"Frechet distance of samples at SiT step {table.step}{whose}, a dot for each VAE"
+    return f"Frechet distance of samples at SiT step {table.step}, a dot for each VAE"
 
 
 def groups_of(results, table):
@@ -176,8 +134,8 @@ def probe_section(results, vaes):
     lines = ["## 8. Does the probe predict the distance?", "", text, ""]
     for step in (results.compare_step, results.last_step):
         table = read_table(results, vaes, step)
-        lines += [f"At {table_title(table)}:", "", *correlation_table(results, table), ""]
-    return [*lines, *dagger_note(results, vaes)]
+        lines += [f"At step {step}:", "", *correlation_table(results, table), ""]
+    return lines
 
 
 def correlation_table(results, table):
@@ -276,11 +234,11 @@ def ifid_section(results, vaes, picture_path, link):
             vae,
             number(results.judged(f"{vae}-ifid", "ifid")),
             number(results.judged(f"{vae}-ifid", "rfid")),
-            distance_cell(results.distance(vae)),
-            distance_cell(results.distance(vae, results.last_step)),
+            mean_and_interval(results.values(vae)),
+            mean_and_interval(results.values(vae, results.last_step)),
         )
         lines.append(line)
-    lines += ["", *dagger_note(results, measured)]
+    lines.append("")
     pictures = [f"{results.out}/judged/{vae}-ifid.png" for vae in ("plain", "send")]
     if figures.stack_pictures(pictures, picture_path):
         lines += [
@@ -423,8 +381,7 @@ def prediction_section(results, vaes):
         "",
     ]
     for table in tables:
-        lines += [f"At {table_title(table)}:", "", *prediction_table(results, table, vaes), ""]
-    lines += dagger_note(results, vaes)
+        lines += [f"At step {table.step}:", "", *prediction_table(results, table, vaes), ""]
     lines += [
         "Which measures predict a VAE of a family that they have not seen? A straight line, or a "
         "plane in two standardised measures, is fitted to all other families. Error: root mean "
@@ -666,8 +623,6 @@ def scale_settings(results, vaes):
             for name in ("neighbours", "nearest by", "weights", "interpolation", "seed"):
                 settings[name] = record[name]
     costs = {measure: cost(results, vaes, measure) for measure in MEASURES}
-    if results.recorded is not None:
-        settings["recorded distances"] = results.recorded["note"]
     settings["seconds"] = {
         SCALE_NAMES.get(measure, measure): seconds for measure, seconds in costs.items()
     }
@@ -675,17 +630,12 @@ def scale_settings(results, vaes):
 
 
 def scale_entry(results, vae):
-    """{name: number or None} of one VAE, the hash of its weights, and whether its distances are
-    those of the SiTs at hand ("measured") or of the earlier training ("recorded")."""
+    """{name: number or None} of one VAE, and the hash of its weights."""
     entry = {"kind": results.kind(vae), "family": family(vae), "hash": results.weights_hash(vae)}
     for measure, value in results.measures(vae).items():
         entry[SCALE_NAMES.get(measure, measure)] = value
     entry["ssim"] = results.judged(vae, "ssim")
     entry["floor"] = results.judged(vae, "reconstruction_classifier")
     for step in sorted_steps(results):
-        distance = results.distance(vae, step)
-        entry[f"distance {step}"] = None
-        if distance is not None:
-            entry[f"distance {step}"] = distance.mean
-            entry[f"distance {step} is"] = "recorded" if distance.is_recorded else "measured"
+        entry[f"distance {step}"] = results.mean_distance(vae, step)
     return entry

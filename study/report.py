@@ -14,10 +14,11 @@ from scipy import stats
 
 from common.files import writing
 from common.processes import say
+from probing.correlation import pearson
 from study import figures, predictors
 from study.attributes import ATTRIBUTES, CLASSES
 from study.predictors import COLOURS
-from study.results import LATENT_MEASURES, RECORDED_PAGE, Results, read_json, read_recorded
+from study.results import LATENT_MEASURES, Results, read_json, read_recorded
 from study.sections import REMARKS, SECTIONS
 from study.text import (
     deviation,
@@ -817,10 +818,7 @@ def quick_page(args, results, vaes):
 def full_page(args, results, vaes):
     lines = introduction(args, results, vaes)
     for section_number in range(1, 13):
-        if is_only_recorded(results, section_number):
-            lines += recorded_section(results, section_number)
-        else:
-            lines += [*own_section(results, vaes, section_number), *remark(section_number)]
+        lines += [*own_section(results, vaes, section_number), *remark(section_number)]
     lines += [*first_steps(results, args.early_points, args.early_rates), *remark(13)]
     lines += predictors.ifid_section(results, vaes, "docs/ifid.png", "docs/ifid.png")
     lines += remark(14)
@@ -833,15 +831,12 @@ def full_page(args, results, vaes):
         results, args.long_vaes, args.long_variant, args.long_points, "docs/long.png"
     )
     lines += remark(17)
-    at_hand = verdicts_at_hand(results)
-    if at_hand:
-        lines += [*at_hand, *remark(18)]
-    lines += retrained(results)
+    lines += trained_twice(results)
     return [*lines, *attribute_table()]
 
 
 def own_section(results, vaes, section_number):
-    """One of the sections 1 to 12, from the runs at hand."""
+    """One of the sections 1 to 12."""
     if section_number == 1:
         return main_comparison(results, "docs/study.png", "docs/study.png")
     if section_number == 8:
@@ -857,144 +852,131 @@ def own_section(results, vaes, section_number):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is only recorded
+# Section 18: the same recipe, trained twice
 
 
-def is_only_recorded(results, section_number):
-    """Whether the page has the recorded section instead of one from the runs at hand."""
-    return bool(recorded_section(results, section_number)) and not is_complete(
-        results, section_number
-    )
-
-
-def is_complete(results, section_number):
-    """Whether the runs at hand have all that the recorded section has: all its VAEs, with their
-    measures (sections 8 and 9) or with sets of samples of as many SiTs."""
-    if section_number in (8, 9):
-        return all(
-            results.judged(vae, "psnr") and results.probe(vae, "class probe")
-            for vae in results.recorded["vaes"]
-        )
-    steps = [results.compare_step, results.last_step]
-    if section_number == 12:
-        steps = [results.compare_step]
-    return all(
-        len(results.by_sit_seed(vae, step)) >= recorded_sits(results, vae, step)
-        for vae in SECTIONS[section_number].paper_gfid
-        for step in steps
-    )
-
-
-def recorded_sits(results, vae, step):
-    """The number of SiTs in a recorded section; 1 where the record does not say."""
-    entry = results.recorded["vaes"].get(vae, {"distances": {}})
-    return entry["distances"].get(str(step), {"sits": 1})["sits"]
-
-
-def recorded_section(results, section_number):
-    """A section of the page of the earlier training, with a line that says so; nothing if none is
-    recorded."""
-    if results.recorded is None:
-        return []
-    with open(RECORDED_PAGE) as file:
-        sections = file.read().split("\n## ")
-    wanted = [s for s in sections if s.removeprefix("## ").startswith(f"{section_number}. ")]
-    if not wanted:
-        return []
-    title, _, rest = wanted[0].removeprefix("## ").partition("\n")
+def trained_twice(results):
+    """How far the runs differ from those of the earlier training, of which study/recorded.json has
+    the numbers."""
     recorded = results.recorded
-    note = (
-        f"*As found by the earlier training of the same recipe ({recorded['date']}, commits "
-        f"{', '.join(recorded['run_commits'])}), on other files of CIFAR-10. Its SiTs are not "
-        "kept, and the runs at hand are not complete here.*"
-    )
-    lines = [f"## {title} †", "", note, "", rest.strip(), ""]
-    if section_number == 9:
-        lines += long_tuning(results)
-    return lines
-
-
-def verdicts_at_hand(results):
-    """Section 18: verdicts of the runs at hand on the pairs of those sections that are only
-    recorded."""
-    complete = [number for number in SECTIONS if not is_only_recorded(results, number)]
-    told = {pair for number in complete for pair in SECTIONS[number].pairs}
-    items = []
-    for section in SECTIONS.values():
-        # A pair may be in several sections.
-        pairs = [pair for pair in section.pairs if pair not in told]
-        told.update(pairs)
-        items += measured_verdicts(results, pairs, section.paper_gfid)
-    if not items:
+    if recorded is None:
         return []
-    return [
-        "## 18. Verdicts of the runs at hand",
-        "",
-        "The pairs of the sections that are marked with †, by the SiTs at hand. There are fewer of "
-        "them on each VAE, but more VAEs have three seeds, so that the interval is of their own "
-        "spread.",
-        "",
-        *items,
-        "",
-    ]
-
-
-def measured_verdicts(results, pairs, paper_gfid):
-    """The sentences of those pairs and steps of which both VAEs have sets of samples."""
-    return [
-        verdict(results, smaller, larger, paper_gfid, step).sentence
-        for smaller, larger in pairs
-        for step in (results.compare_step, results.last_step)
-        if have_sets(results, smaller, larger, step)
-    ]
-
-
-def retrained(results):
-    """A table of how much the VAEs at hand differ from those of the earlier training."""
-    if results.recorded is None:
-        return []
-    lines = ["## The VAEs at hand and the recorded ones", ""]
-    rows = []
-    for measure in next(iter(results.recorded["vaes"].values()))["measures"]:
-        differences = {}
-        recorded = []
-        for vae, entry in results.recorded["vaes"].items():
-            value = results.measures(vae)[measure]
-            if value is not None:
-                differences[vae] = value - entry["measures"][measure]
-            recorded.append(entry["measures"][measure])
-        if not differences:
-            continue
-        largest = max(differences, key=lambda vae: abs(differences[vae]))
-        row = table_line(
-            measure,
-            len(differences),
-            f"{np.mean(list(differences.values())):+.2g}",
-            f"{differences[largest]:+.2g} ({largest})",
-            number(np.std(recorded, ddof=1), ".2g"),
-        )
-        rows.append(row)
+    lines = ["## 18. The same recipe, trained twice", ""]
+    rows = [*changed_measures(results), *changed_distances(results), *changed_pixel_probe(results)]
     if not rows:
-        return [*lines, "No VAE has been trained again yet.", ""]
-    head = table_head(
-        "measure", "VAEs", "mean difference", "largest", "deviation over the recorded VAEs"
-    )
-    text = (
-        "The VAEs were trained again by the same recipe, with later code. Measured now less "
-        "recorded, which is rounded to three digits (PSNR: four):"
-    )
-    rows += pixel_probe_row(results)
-    return [*lines, text, "", *head, *rows, "", *remark("retrained")]
+        return [*lines, "Not measured yet.", ""]
+    return [
+        *lines,
+        f"All of it was trained once before, on {recorded['date']}, on other files of CIFAR-10 and "
+        f"with earlier code (commits {', '.join(recorded['run_commits'])}; its RESULTS.md is that "
+        f"of commit {recorded['page_commit']}). Now less then; the numbers of then are rounded to "
+        "three digits (PSNR: four):",
+        "",
+        *table_head(
+            "number",
+            "VAEs",
+            "mean difference",
+            "root mean square",
+            "largest",
+            "standard deviation over VAEs, then",
+            "Pearson, now and then",
+        ),
+        *rows,
+        "",
+        *differences_twice(results),
+        *remark(18),
+    ]
 
 
-def pixel_probe_row(results):
+def changed_measures(results):
+    names = next(iter(results.recorded["vaes"].values()))["measures"]
+    return [
+        row
+        for name in names
+        for row in changed_row(
+            name,
+            then={vae: entry["measures"][name] for vae, entry in results.recorded["vaes"].items()},
+            now=lambda vae, name=name: results.measures(vae)[name],
+        )
+    ]
+
+
+def changed_distances(results):
+    return [
+        row
+        for step in (results.compare_step, results.last_step)
+        for row in changed_row(
+            f"distance, classifier, step {step}",
+            then={vae: recorded_distance(results, vae, step) for vae in results.recorded["vaes"]},
+            now=lambda vae, step=step: results.mean_distance(vae, step),
+        )
+    ]
+
+
+def recorded_distance(results, vae, step):
+    return results.recorded["vaes"][vae]["distances"][str(step)]["mean"]
+
+
+def changed_row(name, then, now):
+    """The table line of one number, in a list that is empty if no VAE has it now.
+
+    then: {VAE: number}. now: a function from a VAE to its number or None.
+    """
+    found = {vae: now(vae) for vae in then}
+    known = [vae for vae in then if found[vae] is not None]
+    if not known:
+        return []
+    before = np.array([then[vae] for vae in known])
+    after = np.array([found[vae] for vae in known])
+    changes = after - before
+    largest = int(np.argmax(np.abs(changes)))
+    enough = len(known) >= predictors.MIN_VAES_TO_CORRELATE
+    cells = [
+        f"{np.mean(changes):+.2g}",
+        f"{np.sqrt(np.mean(np.square(changes))):.2g}",
+        f"{changes[largest]:+.2g} ({known[largest]})",
+        f"{np.std(list(then.values()), ddof=1):.2g}",
+        f"{pearson(after, before):.2f}" if enough else "-",
+    ]
+    return [table_line(name, len(known), *cells)]
+
+
+def changed_pixel_probe(results):
     """The row of the class probe of pixels, which needs no VAE: the data alone can change it."""
     accuracies = results.class_probe_without_vae()
     pixels = [accuracy for label, accuracy in accuracies.items() if "pixels" in label]
     if not pixels:
         return []
     change = f"{pixels[0] - results.recorded['pixel_probe']:+.2g}"
-    return [table_line("class probe of pixels, without a VAE", "-", change, "-", "-")]
+    return [table_line("class probe of pixels, without a VAE", "-", change, *"----")]
+
+
+def differences_twice(results):
+    """A table of the differences that the sections are about, then and now."""
+    steps = (results.compare_step, results.last_step)
+    rows = []
+    for smaller, larger in sorted({pair for s in SECTIONS.values() for pair in s.pairs}):
+        if not {smaller, larger} <= set(results.recorded["vaes"]):
+            continue
+        if not all(have_sets(results, smaller, larger, step) for step in steps):
+            continue
+        cells = []
+        for step in steps:
+            then = [recorded_distance(results, vae, step) for vae in (larger, smaller)]
+            now = [results.mean_distance(vae, step) for vae in (larger, smaller)]
+            cells += [f"{before - after:+.2f}" for before, after in (then, now)]
+        rows.append(table_line(f"{larger} - {smaller}", *cells))
+    if not rows:
+        return []
+    columns = [f"step {step}, {when}" for step in steps for when in ("then", "now")]
+    return [
+        "The differences in distance that the sections above are about, each between the means "
+        "over SiTs:",
+        "",
+        *table_head("VAEs", *columns),
+        *rows,
+        "",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------

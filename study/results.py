@@ -2,11 +2,10 @@
 
 import json
 import os
-from typing import NamedTuple
 
 import numpy as np
 
-from study.text import mean_and_half, pooled_spread
+from study.text import pooled_spread
 
 MAX_SIT_SEEDS = 20
 
@@ -41,9 +40,8 @@ IFID_MEASURES = {"iFID": "ifid", "rFID": "rfid"}
 LATENT_MEASURES = (*PROBE_MEASURES, *JUDGE_MEASURES)
 MEASURES = (*LATENT_MEASURES, *IFID_MEASURES, *EDITING_MEASURES)
 
-# What is known of an earlier training of the same recipe, whose SiTs are not kept.
+# What an earlier training of the same recipe found.
 RECORDED = os.path.join(os.path.dirname(__file__), "recorded.json")
-RECORDED_PAGE = os.path.join(os.path.dirname(__file__), "recorded.md")
 
 
 def read_json(path):
@@ -64,18 +62,6 @@ def read_recorded(size):
         and recorded["sit_points"] == list(size.sit_points)
     )
     return recorded if same else None
-
-
-class Distance(NamedTuple):
-    """A VAE's Frechet distance in the classifier's features."""
-
-    # Over SiT seeds.
-    mean: float
-    # Half a 95% t-interval; None for a single SiT.
-    half: float | None
-    sits: int
-    # Whether it is of the SiTs of the earlier training.
-    is_recorded: bool
 
 
 class Results:
@@ -116,19 +102,10 @@ class Results:
         """The values of by_sit_seed as a list."""
         return list(self.by_sit_seed(vae, step, key, suffix).values())
 
-    def distance(self, vae, step=None):
-        """The Distance of a VAE: of its sets of samples or, if there are none of this step, as it
-        is recorded of an earlier training. None if there is neither."""
-        step = step or self.compare_step
+    def mean_distance(self, vae, step=None):
+        """The mean of `values`, or None if there are none."""
         values = self.values(vae, step)
-        if values:
-            return Distance(*mean_and_half(values), len(values), False)
-        if self.recorded is None:
-            return None
-        found = self.recorded["vaes"].get(vae, {"distances": {}})["distances"].get(str(step))
-        if found is None:
-            return None
-        return Distance(found["mean"], found.get("half_interval"), found["sits"], True)
+        return float(np.mean(values)) if values else None
 
     def over_vae_seeds(self, vae, sit_seed=None, step=None, variant="", suffix=""):
         """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the

@@ -5,7 +5,6 @@ study/scale.json holds, for each VAE of the study, the measures that need no SiT
 of the samples of the SiTs that were trained on it. `python -m study.run --report` writes it.
 """
 
-import collections
 import itertools
 import json
 import os
@@ -56,23 +55,7 @@ def read_scale(path):
         return None
     with reading(path, "the study's scale"), open(path) as file:
         content = json.load(file)
-        vaes = with_one_kind_of_distance(content["vaes"])
-        return Scale(content["data"], content["classifier"], content["settings"], vaes)
-
-
-def with_one_kind_of_distance(vaes):
-    """The VAEs of a scale, with those of their distances that most of them have: "measured", or
-    "recorded" by an earlier training. The classifiers of the two differ, and distances with them by
-    some 20%, so that a fit may not mix them."""
-    kept = {vae: dict(row) for vae, row in vaes.items()}
-    names = {name for row in vaes.values() for name in row if name.endswith(" is")}
-    for name in names:
-        kinds = collections.Counter(row[name] for row in vaes.values() if name in row)
-        ((most, _),) = kinds.most_common(1)
-        for row in kept.values():
-            if row.get(name) != most:
-                row[name.removesuffix(" is")] = None
-    return kept
+        return Scale(content["data"], content["classifier"], content["settings"], content["vaes"])
 
 
 def better_than(scale, measure, value, higher_is_better):

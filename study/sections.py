@@ -99,9 +99,8 @@ SECTIONS = {
     ),
 }
 
-# Section (also "machine" for the page's head, and "retrained" for the last table): what the numbers
-# may mean. Where a
-# direction does not agree or is undecided: a guess at the cause, and the next experiment.
+# Section (also "machine" for the page's head): what the numbers may mean. Where a direction does
+# not agree or is undecided: a guess at the cause, and the next experiment.
 REMARKS = {
     1: "`send` is behind at 250 steps in the classifier's features (in the target's the two are "
     "level) and ahead from 500 steps on. Section 13 looks into the cause: most of it seems to be "
@@ -197,20 +196,6 @@ REMARKS = {
     "is chosen with hindsight. Among the aligned ones iFID with rFID is the best pair (0.43 "
     "of 0.54), in keeping with section 14, but chosen anew nothing beats the mean. Next: "
     "three SiTs on each VAE, and aligned VAEs that differ more.",
-    "retrained": "New SiTs, one each, agree with the recorded ones at step 2000: over 25 VAEs the "
-    "difference is 0.19 (root mean square; Pearson 0.99), and the largest is 0.38. At step "
-    "750 it is 0.70 (0.94), and `send_s1` is 2.1 off. The probe of the pixels depends on no "
-    "VAE, and not on the code either: that of the earlier training gives the same 38.8% on "
-    "the files at hand (JPEG of quality 75), where 39.4% is recorded. So the files of "
-    "CIFAR-10 are others. The files or the code do not explain PSNR, though: "
-    "`scratch_plain` has its recorded PSNR (-0.02 dB), and 400 steps from scratch on the "
-    "files at hand end at 22.74 dB with the earlier code and at 22.77 dB with today's. "
-    "`base` is 0.17 dB better, and `plain` and `send`, which are tuned from it, 0.46 and "
-    "0.42 dB. A guess: `base` ended elsewhere, as another seed of it would, and what is "
-    "tuned from it shares its luck. Seeds of the tuning, which differ by 0.01 dB, do not "
-    "show this. The difference between `plain` and `send` is kept: -1.42 dB now, -1.38 dB "
-    "recorded. `scratch_send` has 0.80 dB less than recorded, and its two other seeds have "
-    "as little; the cause is not known. Next: two more seeds of `base`.",
     13: "Three SiTs each. Most of the early lag is the average, which still holds initial "
     "weights; these hurt more on aligned latents. At a learning rate of 1e-3, drawn from "
     "the average, `send` is behind by 15 at steps 100 and 200 and level at 400. Drawn from "
@@ -224,14 +209,20 @@ REMARKS = {
     "training was meant to go on to 20,000 steps. It ended with the time on the GPU, of "
     "which judging, on the CPU then, took 75 s for each set. `study.gpu` judges on the GPU "
     "now, which has not been tried on one. Next: to 20,000 steps, with guidance.",
-    18: "At step 2000 alignment, its controls, noise and VA-VAE's loss are decided, as in the "
-    "paper. Noise has its own spread now: it lowers the distance by 0.46, [0.12, 0.80] over "
-    "three seeds of both VAEs. Depth 0, 1 and 2 are within 0.2 of each other and undecided "
-    "with their own spread, too, as are training from scratch against tuning, the MLP, the "
-    "weights 0.5 and 2, and noise of constant level. At step 750 little is decided, because "
-    "`send_s1` is at 7.9 where the other two seeds of `send` are at 6.5 and 6.6. The "
-    "recorded SiTs had depth 2 ahead at this step, and tuning ahead of training from "
-    "scratch; neither holds over seeds of the VAE. Next: two more SiTs on each.",
+    18: "New SiTs, one each, agree with the recorded ones at step 2000: over 25 VAEs the "
+    "difference is 0.19 (root mean square; Pearson 0.99), and the largest is 0.38. At step "
+    "750 it is 0.70 (0.94), and `send_s1` is 2.1 off. The probe of the pixels depends on no "
+    "VAE, and not on the code either: that of the earlier training gives the same 38.8% on "
+    "the files at hand (JPEG of quality 75), where 39.4% is recorded. So the files of "
+    "CIFAR-10 are others. The files or the code do not explain PSNR, though: "
+    "`scratch_plain` has its recorded PSNR (-0.02 dB), and 400 steps from scratch on the "
+    "files at hand end at 22.74 dB with the earlier code and at 22.77 dB with today's. "
+    "`base` is 0.17 dB better, and `plain` and `send`, which are tuned from it, 0.46 and "
+    "0.42 dB. A guess: `base` ended elsewhere, as another seed of it would, and what is "
+    "tuned from it shares its luck. Seeds of the tuning, which differ by 0.01 dB, do not "
+    "show this. The difference between `plain` and `send` is kept: -1.42 dB now, -1.38 dB "
+    "recorded. `scratch_send` has 0.80 dB less than recorded, and its two other seeds have "
+    "as little; the cause is not known. Next: two more seeds of `base`.",
     "machine": "The SiTs of seed 0 ran on the GPU, but for those of `plain_s1`, `send_s1` and "
     "`send_long` and for section 13. Thirteen of them had run on the CPU before, to step "
     "750. The distances differ by -1.2% to +1.7%, by -0.1% in the mean, so the machines are "

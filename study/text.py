@@ -8,18 +8,11 @@ def mean_and_interval(values):
     """Values of several seeds as 'mean ± half a 95% t-interval (n)'."""
     if not values:
         return "-"
-    mean, half = mean_and_half(values)
-    if half is None:
-        return f"{mean:.3g} (1)"
-    return f"{mean:.3g} ± {half:.2g} ({len(values)})"
-
-
-def mean_and_half(values):
-    """Values of several seeds -> their mean, and half a 95% t-interval, None for a single value."""
+    mean = np.mean(values)
     if len(values) == 1:
-        return float(values[0]), None
+        return f"{mean:.3g} (1)"
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(half)
+    return f"{mean:.3g} ± {half:.2g} ({len(values)})"
 
 
 def pooled_spread(groups):

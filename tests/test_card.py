@@ -107,16 +107,6 @@ def test_a_damaged_scale_is_refused_and_a_missing_one_is_said(inside):
         scale.read_scale("scale.json")
 
 
-def test_distances_of_two_classifiers_are_not_mixed(inside):
-    kinds = ["recorded", "recorded", "measured"]
-    vaes = {str(k): {"distance 1": 1.0, "distance 1 is": kinds[k], "gini": 2.0} for k in range(3)}
-    vaes["none"] = {"distance 1": None, "gini": 2.0}
-    write_scale(Scale("", "", {}, vaes))
-    found = scale.read_scale("scale.json")
-    assert found.known("distance 1") == ["0", "1"]
-    assert len(found.known("gini")) == 4
-
-
 def test_no_prediction_from_few_vaes(planted):
     few = planted._replace(vaes=dict(list(planted.vaes.items())[:7]))
     assert scale.predict(few, {"gini": 0.3}, "distance 2000") is None

@@ -690,85 +690,39 @@ def full_page(vaes):
         return file.read()
 
 
-def test_recorded_distances_stand_in_only_where_there_are_no_sets_and_are_marked(inside):
-    recorded = results.read_recorded(study.SIZES["full"])
-    write_runs({("plain", 0, 750, ""): 3.0, ("plain", 1, 750, ""): 5.0})
-    found = results.Results("out", (750, 2000), 750, recorded)
-    assert predictors.distance_cell(found.distance("plain")) == "4 ± 13 (2)"
-    assert predictors.distance_cell(found.distance("plain", 2000)) == "7.08 ± 0.3 (3) †"
-    assert predictors.distance_cell(found.distance("vavae", 2000)) == "5.34 (1) †"
-    assert found.distance("unknown") is None
-    assert found.distance("plain", 500) is None
-    # A section's tables and verdicts are never filled up from what is recorded.
-    assert found.values("plain", 2000) == []
-    assert results.Results("out", (750, 2000), 750).distance("vavae") is None
-
-
 def test_another_recipe_has_no_record():
     assert results.read_recorded(study.SIZES["full"]) is not None
     assert results.read_recorded(study.SIZES["quick"]) is None
     assert results.read_recorded(study.SIZES["full"]._replace(tune_steps=5001)) is None
 
 
-def test_a_section_is_the_recorded_one_until_the_runs_have_all_of_it(inside):
-    seeds = range(3)
-    sets = {(vae, k, 750, ""): 3.0 for vae in ("plain", "send", "no_noise") for k in seeds}
-    sets.update({("plain", k, 2000, ""): 2.0 for k in seeds})
-    sets.update({("send", k, 2000, ""): 1.0 for k in seeds})
-    write_runs(sets)
-    text = full_page(["plain", "send", "no_noise"])
-    titles = [line for line in text.splitlines() if line.startswith("## ")]
-    # Section 1 has sets at both steps, of as many SiTs; of no_noise the later ones are missing.
-    assert titles[0] == "## 1. With and without alignment"
-    assert titles[1] == "## 2. Noise injection †"
-    section = text[text.index("## 2.") : text.index("## 3.")]
-    assert "*As found by the earlier training of the same recipe" in section
-    assert "send 4.21 is 15% lower than no_noise 4.93" in section
-
-    write_runs({("no_noise", k, 2000, ""): 1.5 for k in (0, 1)})
-    assert "## 2. Noise injection †\n" in full_page(["plain", "send", "no_noise"])
-    write_runs({("no_noise", 2, 2000, ""): 1.5})
-    text = full_page(["plain", "send", "no_noise"])
-    assert "## 2. Noise injection\n" in text
-    assert "send 1 is 33% lower than no_noise 1.5" in text
-
-
-def test_verdicts_on_recorded_pairs_by_the_runs_at_hand_stand_apart(inside):
-    both_steps = [("plain", 2.0), ("send", 1.0)]
-    sets = {(vae, k, 2000, ""): distance for vae, distance in both_steps for k in range(3)}
-    sets.update({(vae, k, 750, ""): distance for vae, distance in both_steps for k in range(3)})
-    sets["no_noise", 0, 750, ""] = 4.0
-    write_runs(sets)
-    section = full_page(["plain", "send", "no_noise"]).partition("## 18. ")[2].partition("\n## ")[0]
-    assert "Step 750: send 1 is 75% lower than no_noise 4" in section
-    # Section 1 has its own verdict, and no_noise no sets at the later step.
-    assert "plain" not in section
-    assert "Step 2000" not in section
-
-
-def test_recorded_numbers_are_those_of_the_recorded_page():
-    with open(results.RECORDED_PAGE) as file:
-        lines = [line for line in file if line.startswith("| ")]
-    recorded = results.read_recorded(study.SIZES["full"])
-    for vae, entry in recorded["vaes"].items():
-        cells = [
-            predictors.distance_cell(
-                results.Distance(found["mean"], found.get("half_interval"), found["sits"], False)
-            )
-            for found in entry["distances"].values()
-        ]
-        assert any(line.startswith(f"| {vae} | {cells[0]} | {cells[1]} |") for line in lines)
-        psnr = entry["measures"]["PSNR"]
-        assert any(line.startswith(f"| {vae} | {psnr:.2f} | 0.9") for line in lines)
-
-
-def test_the_vaes_at_hand_are_compared_with_the_recorded_ones(inside):
-    recorded = results.read_recorded(study.SIZES["full"])
-    for vae, change in (("plain", 0.1), ("send", -0.3)):
-        psnr = recorded["vaes"][vae]["measures"]["PSNR"] + change
+def test_the_runs_are_compared_with_those_of_the_earlier_training(inside):
+    recorded = results.read_recorded(study.SIZES["full"])["vaes"]
+    changes = {"plain": 0.1, "send": -0.3, "no_noise": 0.1, "depth0": 0.2}
+    sets = {}
+    for vae, change in changes.items():
+        psnr = recorded[vae]["measures"]["PSNR"] + change
         write_json(f"out/judged/{vae}.json", dict(psnr=psnr, ssim=0.9))
-    text = full_page(["plain", "send"])
-    assert "| PSNR | 2 | -0.1 | -0.3 (send) | 1.4 |" in text
+        distance = recorded[vae]["distances"]["750"]["mean"]
+        sets[vae, 0, 750, ""] = distance + change - 0.1
+        sets[vae, 1, 750, ""] = distance + change + 0.1
+    sets["plain", 0, 2000, ""] = 7.08
+    sets["send", 0, 2000, ""] = 3.21
+    write_runs(sets)
+    section = full_page(changes).partition("## 18. ")[2].partition("\n## ")[0]
+    lines = {line.split(" | ")[0]: line for line in section.splitlines()}
+    assert lines["| PSNR"].startswith("| PSNR | 4 | +0.025 | 0.19 | -0.3 (send) | 1.4 | ")
+    psnr = np.array([recorded[vae]["measures"]["PSNR"] for vae in changes])
+    expected = stats.pearsonr(psnr, psnr + list(changes.values()))[0]
+    assert lines["| PSNR"].endswith(f" | {expected:.2f} |")
+    assert "| 4 | +0.025 | 0.19 | -0.3 (send) |" in lines["| distance, classifier, step 750"]
+    assert lines["| distance, classifier, step 2000"].startswith(
+        "| distance, classifier, step 2000 | 2 | -0.5 | 0.71 | -1 (send) |"
+    )
+    assert lines["| distance, classifier, step 2000"].endswith(" | - |")
+    # Only the main pair has sets of both steps. Then: 9.77 - 6.04, and 7.08 - 4.21.
+    assert lines["| plain - send"] == "| plain - send | +3.73 | +4.13 | +2.87 | +3.87 |"
+    assert "| no_noise - send" not in lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -822,7 +776,7 @@ def test_correlations_without_a_family_go_from_the_weakest_to_the_strongest():
     values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     distances = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 9.0]
     numbers = {vae: {"iFID": value} for vae, value in zip(vaes, values, strict=True)}
-    table = predictors.Table(1, False, vaes, dict(zip(vaes, distances, strict=True)), numbers)
+    table = predictors.Table(1, vaes, dict(zip(vaes, distances, strict=True)), numbers)
     found = predictors.correlations_without_families(table, "iFID", predictors.pearson)
     assert set(found) == {"plain", "send", "loss"}
     assert found["loss"] == pytest.approx(-1)
@@ -898,7 +852,7 @@ def test_the_page_has_ifid_editing_and_the_scale(inside, pictures, monkeypatch):
     os.makedirs("study")
     write_runs({("plain", 0, 750, ""): 8.0})
     text = full_page(["plain", "send"])
-    assert "| plain | 3 | 1 | 8 (1) | 7.08 ± 0.3 (3) † |" in text
+    assert "| plain | 3 | 1 | 8 (1) | - |" in text
     assert "| send | - | - | - | - | - | 0.8 | 0.4 | 0.5 |" in text
     with open("study/scale.json") as file:
         scale = json.load(file)
@@ -911,27 +865,7 @@ def test_the_page_has_ifid_editing_and_the_scale(inside, pictures, monkeypatch):
     assert (plain["psnr"], plain["floor"], plain["ifid"]) == (30.0, 1.5, 3.0)
     assert (plain["class probe"], plain["gini"], plain["leakage"]) == (0.5, 0.3, 0.4)
     assert plain["dci completeness"] is None
-    assert (plain["distance 750"], plain["distance 750 is"]) == (8.0, "measured")
-    assert (plain["distance 2000"], plain["distance 2000 is"]) == (7.08, "recorded")
-
-
-def test_new_and_recorded_distances_are_never_in_one_fit(inside):
-    """The recorded ones are taken until eight VAEs have new ones."""
-    recorded = results.read_recorded(study.SIZES["full"])
-    found = results.Results("out", (750, 2000), 750, recorded)
-    vaes = list(recorded["vaes"])
-    for vae in vaes:
-        write_measures(vae)
-    write_runs({(vae, 0, 750, ""): 500.0 for vae in vaes[:7]})
-    table = predictors.read_table(found, vaes, 750)
-    assert table.is_recorded
-    assert table.vaes == [vae for vae in vaes if vae not in vaes[:7]]
-    assert max(table.distances.values()) < 100
-    write_runs({(vaes[7], 0, 750, ""): 500.0})
-    table = predictors.read_table(found, vaes, 750)
-    assert not table.is_recorded
-    assert table.distances == dict.fromkeys(vaes[:8], 500.0)
-    assert "of the SiTs at hand" in "".join(predictors.probe_section(found, vaes))
+    assert (plain["distance 750"], plain["distance 2000"]) == (8.0, None)
 
 
 def test_the_best_measure_is_named_with_its_error_and_cost(inside):
@@ -944,7 +878,7 @@ def test_the_best_measure_is_named_with_its_error_and_cost(inside):
     for k, vae in enumerate(vaes):
         numbers[vae].update(iFID=float(k), PSNR=rng.normal(), SAP=rng.normal())
     distances = {vae: 2.0 * k + 0.1 * rng.normal() for k, vae in enumerate(vaes)}
-    table = predictors.Table(300, False, vaes, distances, numbers)
+    table = predictors.Table(300, vaes, distances, numbers)
     found = results.Results("out", (300,), 300)
     text = "\n".join(predictors.fit_lines(found, table, "all", vaes))
     assert "Best single measure: iFID." in text
