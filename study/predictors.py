@@ -382,6 +382,7 @@ def prediction_section(results, vaes):
     ]
     for table in tables:
         lines += [f"At step {table.step}:", "", *prediction_table(results, table, vaes), ""]
+        lines += two_sits(results, table)
     lines += [
         "Which measures predict a VAE of a family that they have not seen? A straight line, or a "
         "plane in two standardised measures, is fitted to all other families. Error: root mean "
@@ -439,6 +440,41 @@ def prediction_table(results, table, vaes):
         cells += correlation_cells(*correlation(table, measure, groups["aligned"]))
         lines.append(table_line(measure, *cells))
     return lines
+
+
+def two_sits(results, table):
+    """A sentence on how closely the distances of two SiT seeds follow each other, which is what a
+    measure can be held against; nothing if too few VAEs have two."""
+    agreements = []
+    for group, members in groups_of(results, table).items():
+        found = agreement_of_sits(results, members, table.step)
+        if found is not None:
+            pearsons, spearmans = found
+            agreements.append(f"{pearsons:.2f} and {spearmans:.2f} over {group} VAEs")
+    if not agreements:
+        return []
+    return [
+        "Beside these: the distances of two SiTs on the same VAE, which differ in the seed alone, "
+        f"have a correlation (Pearson, Spearman) of {', '.join(agreements)}, in the mean over "
+        "pairs of seeds.",
+        "",
+    ]
+
+
+def agreement_of_sits(results, vaes, step):
+    """-> the means of Pearson's and of Spearman's correlation between the distances of two SiT
+    seeds over the VAEs that have both, or None if too few have two."""
+    by_seed = {vae: results.by_sit_seed(vae, step) for vae in vaes}
+    seeds = sorted(set().union(*by_seed.values()))
+    found = []
+    for a, b in itertools.combinations(seeds, 2):
+        both = [values for values in by_seed.values() if a in values and b in values]
+        if len(both) < MIN_VAES_TO_CORRELATE:
+            continue
+        x, y = np.array([[values[a], values[b]] for values in both]).T
+        if varies(x) and varies(y):
+            found.append((pearson(x, y), spearman(x, y)))
+    return np.mean(found, axis=0) if found else None
 
 
 def without_family_cell(table, measure, function):

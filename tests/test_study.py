@@ -787,6 +787,28 @@ def test_correlations_without_a_family_go_from_the_weakest_to_the_strongest():
     assert cell == f"{found['send']:.2f} (without send) to -1.00 (without loss)"
 
 
+def test_two_sits_are_compared_over_the_vaes_that_have_both(inside):
+    vaes = ["plain", "send", "mlp", "vavae", "depth0"]
+    rng = np.random.default_rng(0)
+    distances = rng.normal(size=(len(vaes), 3))
+    # depth0 has no third SiT.
+    sets = {
+        (vae, k, 300, ""): distances[i, k]
+        for i, vae in enumerate(vaes)
+        for k in range(3)
+        if (vae, k) != ("depth0", 2)
+    }
+    write_runs(sets)
+    found = results.Results("out", (300,), 300)
+    pairs = [(distances[:, 0], distances[:, 1])]
+    pairs += [(distances[:4, k], distances[:4, 2]) for k in (0, 1)]
+    pearsons, spearmans = predictors.agreement_of_sits(found, vaes, 300)
+    assert pearsons == pytest.approx(np.mean([stats.pearsonr(x, y)[0] for x, y in pairs]))
+    assert spearmans == pytest.approx(np.mean([stats.spearmanr(x, y)[0] for x, y in pairs]))
+    assert predictors.agreement_of_sits(found, vaes[:3], 300) is None
+    assert predictors.agreement_of_sits(found, [], 300) is None
+
+
 def write_measures(vae, ifid=3.0):
     """Writes results of a VAE with the costs of its measures."""
     label = f"out/vae_{vae}"
