@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 from torch import nn
 from torchvision.models import inception as tv
-from tqdm import tqdm
 
 from common.archives import holds_pictures
 from common.draws import epoch_order, uniform
@@ -66,6 +65,7 @@ from common.pictures import (
 from common.processes import (
     autocast,
     barrier,
+    progress,
     rank,
     run_main,
     say,
@@ -710,14 +710,7 @@ class Pictures:
         blocks = PictureBlocks(self.stack, self.size, self.count, self.batch_size)
         mine = range(rank(), math.ceil(self.count / self.batch_size), world())
         loader = load_batches(blocks, mine, workers if self.folder else 0, device)
-        bar = tqdm(
-            loader,
-            desc=self.path,
-            total=len(mine),
-            unit="batch",
-            leave=False,
-            disable=rank() > 0,
-        )
+        bar = progress(loader, self.path, len(mine), unit="batch")
         for block, batch in zip(mine, bar, strict=True):
             images = batch["image"]
             yield block * self.batch_size + torch.arange(len(images), device=device), images
@@ -944,7 +937,7 @@ class TrainingLatents:
         ]
         positions = np.asarray(positions)
         if self.cached is not None:
-            for place in tqdm(places, "latents", unit="block", leave=False, disable=rank() > 0):
+            for place in progress(places, "latents", unit="block"):
                 chosen = self.pictures.chosen[positions[place.cpu().numpy()]]
                 # Side 0 is the picture itself, not its mirror image; entry 0 is the mean.
                 means = torch.from_numpy(self.cached[chosen, 0, 0]).to(self.device)
@@ -954,7 +947,7 @@ class TrainingLatents:
         blocks = PictureBlocks(load, self.pictures.size, count, LATENT_BLOCK)
         workers = self.workers if self.pictures.folder else 0
         loader = load_batches(blocks, mine, workers, self.device)
-        bar = tqdm(loader, "latents", len(mine), unit="block", leave=False, disable=rank() > 0)
+        bar = progress(loader, "latents", len(mine), unit="block")
         for place, batch in zip(places, bar, strict=True):
             means = encode_means(self.vae, batch["image"], self.precision).half()
             if not means.isfinite().all():

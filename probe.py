@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common.files import UserError, write_json
 from common.flags import parse_flags
@@ -35,6 +34,7 @@ from common.pictures import PictureBlocks, from_uint8, load_batches, to_uint8
 from common.processes import (
     autocast,
     processor_seconds,
+    progress,
     rank,
     resolve_precision,
     run_main,
@@ -173,15 +173,8 @@ def compute_features(array, done, todo, benchmark, encoder, size, encode, args, 
     todo = todo[rank() :: world()]
     pictures = PictureBlocks(benchmark.load, size, len(array), PICTURES_A_BLOCK)
     batches = load_batches(pictures, todo.tolist(), args.workers, device)
-    progress = tqdm(
-        batches,
-        f"features of {benchmark.name}",
-        len(todo),
-        disable=rank() > 0,
-        leave=False,
-        mininterval=1,
-    )
-    for block, batch in zip(todo, progress, strict=True):
+    bar = progress(batches, f"features of {benchmark.name}", len(todo), unit="block")
+    for block, batch in zip(todo, bar, strict=True):
         features = encode(from_uint8(batch["image"])).flatten(1).half().cpu().numpy()
         if not np.isfinite(features).all():
             raise UserError(

@@ -27,7 +27,6 @@ import unicodedata
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.draws import normal, uniform
 from common.files import UserError, reading, refuse_unwritable, write_json, writing
@@ -44,6 +43,7 @@ from common.processes import (
     autocast,
     barrier,
     conv_memory_format,
+    progress,
     rank,
     resolve_precision,
     run_main,
@@ -389,7 +389,7 @@ def draw_grid(sit, vae, args, device, precision):
         pictures = torch.cat(
             [
                 draw_batch(sit, vae, batch_ids, batch_labels, args, precision, size)
-                for batch_ids, batch_labels in tqdm(batches, unit="batch")
+                for batch_ids, batch_labels in progress(batches, unit="batch", leave=True)
             ]
         )
         save_grid(args.out, pictures.split(args.n))
@@ -445,7 +445,7 @@ def draw_blocks(sit, vae, blocks, args, device, precision):
     (b,H,W,3).
     """
     size = min(args.batch_size, args.num)
-    for block in tqdm(blocks[rank() :: world()], disable=rank() > 0, unit="batch"):
+    for block in progress(blocks[rank() :: world()], unit="batch", leave=True):
         first = block * args.batch_size
         end = min(first + args.batch_size, args.num)
         ids = torch.arange(first, end, device=device)

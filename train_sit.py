@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from common.draws import normal, uniform
 from common.files import UserError, load_strictly, network_hash, reading, write_json
@@ -55,6 +54,7 @@ from common.processes import (
     barrier,
     conv_memory_format,
     parallel,
+    progress,
     rank,
     resolve_precision,
     run_main,
@@ -307,7 +307,7 @@ def encode_pictures(latents, done, todo, vae, data, folder, args, device, precis
     todo = todo[rank() :: world()]
     blocks = PictureBlocks(data.stack, vae.resolution, len(data), BLOCK)
     loader = load_batches(blocks, todo.tolist(), args.workers, device)
-    bar = tqdm(loader, "latents", len(todo), unit="block", disable=rank() > 0, leave=False)
+    bar = progress(loader, "latents", len(todo), unit="block")
     for block, batch in zip(todo, bar, strict=True):
         x = from_uint8(batch["image"])  # (b,3,H,W), b up to BLOCK
         begin = block * BLOCK

@@ -19,9 +19,9 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from common.files import UserError, reading
+from common.processes import progress
 
 TAKEN = (
     "a folder of <class>/<picture>; a .zip or .tar file of such folders; webdataset's .tar files "
@@ -148,7 +148,7 @@ class Contents:
         self.has_inner_tars = False
         self.label_places = {}  # {(stem, key of a webdataset sample): place of its .cls file}
         self.labels = None  # {name: label} from files named LABEL_FILE, see with_labels
-        self.bar = tqdm(desc="listing", unit=" files", delay=1, leave=False)
+        self.bar = progress(desc="listing", unit=" files", delay=1)
 
     def add(self, name, stem, place):
         """Takes a file, or counts it as left out. place: its row in Archive.places."""

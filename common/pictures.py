@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
-from tqdm import tqdm
 
 from common.archives import (
     IMAGENET_NAME,
@@ -51,6 +50,7 @@ from common.processes import (
     barrier,
     conv_memory_format,
     from_first_process,
+    progress,
     rank,
     say,
     world,
@@ -478,7 +478,7 @@ def examine_pictures(sources, decode):
     executor = ProcessPoolExecutor if many else ThreadPoolExecutor
     with executor(min(16, available_cores())) as pool:
         results = pool.map(examine_picture, sources, decode, chunksize=100)
-        yield from tqdm(results, "checking pictures", len(sources), disable=not many, leave=False)
+        yield from progress(results, "checking pictures", len(sources), disable=not many)
 
 
 def refuse_unreadable(files, problems, skip_bad, path_of):

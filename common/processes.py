@@ -171,6 +171,26 @@ def say(*words):
         sys.stdout.flush()
 
 
+# Seconds between two updates of a progress bar: on a terminal, and in a file, which keeps each.
+BAR_INTERVAL = 0.5
+BAR_INTERVAL_IN_FILE = 20
+
+
+def progress(iterable=None, desc=None, total=None, disable=False, leave=False, **settings):
+    """A progress bar of the first process: tqdm(...), which goes away at the end unless `leave`."""
+    interval = BAR_INTERVAL if sys.stderr.isatty() else BAR_INTERVAL_IN_FILE
+    return tqdm(
+        iterable,
+        desc,
+        total,
+        leave=leave,
+        disable=disable or rank() > 0,
+        mininterval=interval,
+        maxinterval=BAR_INTERVAL_IN_FILE,
+        **settings,
+    )
+
+
 def barrier():
     """Waits until every process is here, however long the others work before they come: one of them
     may read a million pictures first. Raises a UserError for one that died or hangs."""

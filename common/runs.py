@@ -20,7 +20,6 @@ import torch
 from safetensors import safe_open
 from PIL import Image
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
 from common.files import (
     UserError,
@@ -40,6 +39,7 @@ from common.processes import (
     barrier,
     from_first_process,
     mean_over_processes,
+    progress,
     rank,
     say,
     world,
@@ -675,14 +675,7 @@ class RunLog:
         self.is_first_process = rank() == 0
         if self.is_first_process:
             self._open_files()
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not self.is_first_process,
-            unit="step",
-            smoothing=0.05,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
+        self.bar = progress(total=total, leave=True, initial=start, unit="step", smoothing=0.05)
         per_pass = args.batch_size // (world() * args.accum)
         say(
             f"training  steps {start} to {total}, {total / steps_per_epoch:.1f} epochs of "

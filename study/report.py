@@ -604,8 +604,8 @@ def long_tuning(results):
             "send",
             "cost of alignment, dB",
             "in squared error, 1e-4",
-            "distance, plain",
-            "distance, send",
+            f"distance, plain, step {results.last_step}",
+            f"distance, send, step {results.last_step}",
         ),
     ]
     for base, plain, send in (
@@ -625,8 +625,8 @@ def long_tuning(results):
             number(send_psnr, ".2f"),
             f"{send_psnr - plain_psnr:+.2f}",
             f"{1e4 * (squared_error(send_psnr) - squared_error(plain_psnr)):+.2f}",
-            mean_and_interval(results.values(plain)),
-            mean_and_interval(results.values(send)),
+            mean_and_interval(results.values(plain, results.last_step)),
+            mean_and_interval(results.values(send, results.last_step)),
         )
         lines.append(line)
     paper = 1e4 * (squared_error(27.62) - squared_error(27.96))

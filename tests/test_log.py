@@ -1,4 +1,4 @@
-"""What shows a run's numbers: TensorBoard's event files, and the drawing of curves.
+"""What shows a run's numbers: progress bars, TensorBoard's event files, and the drawing of curves.
 
 python -m pytest tests/test_log.py
 """
@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import train_vae
+from common import processes
+from common.processes import progress
 from common.runs import RunLog
 from conftest import PLAIN_VAE, refused, script
 from tools import curves
@@ -135,3 +137,25 @@ def test_runs_without_curves_are_refused(inside, capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in refused(capsys, curves, "a")
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress bars
+
+
+def drawn(capsys, **settings):
+    """The states of a bar over 10,000 items that a file of stderr gets, without blank ones."""
+    assert list(progress(range(10_000), "items", **settings)) == list(range(10_000))
+    states = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    return [state for state in states if state.strip()]
+
+
+def test_a_file_does_not_get_every_state_of_a_bar(capsys, monkeypatch):
+    """pytest's stderr is no terminal. All this takes far less than 20 seconds."""
+    (first,) = drawn(capsys)
+    assert first.startswith("items:   0%")
+    first, last = drawn(capsys, leave=True)
+    assert "10000/10000" in last
+    assert drawn(capsys, disable=True) == []
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    assert drawn(capsys, leave=True) == []
