@@ -112,7 +112,9 @@ def verdict(results, smaller, larger, paper_gfid, step):
         text += f", over SiT seeds [{deciding.low:.3g}, {deciding.high:.3g}]"
     a_seeds = results.over_vae_seeds(smaller, step=step)
     b_seeds = results.over_vae_seeds(larger, step=step)
-    spread = results.vae_seed_spread(step)
+    # The spread of means over as many SiTs as both have.
+    common_sits = results.by_sit_seed(smaller, step).keys() & results.by_sit_seed(larger, step)
+    spread = results.vae_seed_spread(common_sits, step) if common_sits else None
     if min(len(a_seeds), len(b_seeds)) > 1:
         deciding = welch(a_seeds, b_seeds)
         text += (
@@ -491,23 +493,24 @@ def reconstruction_control(results):
 def spreads(results):
     """How much the distance changes with the draw, the SiT's seed and the VAE's seed."""
     last = results.last_step
-    compare = results.compare_step
     draws = [deviation_of_draws(results, vae) for vae in PAIR]
-    sits_last = [deviation(results.values(vae, last)) for vae in PAIR]
-    sits = [deviation(results.values(vae)) for vae in PAIR]
-    one_sit = [deviation(results.over_vae_seeds(vae, 0)) for vae in PAIR]
-    mean_sit = [deviation(results.over_vae_seeds(vae)) for vae in PAIR]
+    lines = [table_line("the draw of 1,000 samples", last, *draws)]
+    for step in (results.compare_step, last):
+        sits = [deviation(results.values(vae, step)) for vae in PAIR]
+        one_sit = [deviation(results.over_vae_seeds(vae, (0,), step)) for vae in PAIR]
+        mean_sit = [deviation(results.over_vae_seeds(vae, step=step)) for vae in PAIR]
+        lines += [
+            table_line("seed of the SiT", step, *sits),
+            table_line("seed of the VAE's tuning, one SiT each", step, *one_sit),
+            table_line("seed of the VAE's tuning, mean of its SiTs", step, *mean_sit),
+        ]
     means = [f"{vae} {mean_and_interval(results.over_vae_seeds(vae))}" for vae in PAIR]
     return [
         "Standard deviation of the distance in the classifier's features, (number of values). "
         "Another seed of the SiT also changes the draw; another seed of the VAE changes both:",
         "",
         *table_head("what changes", "SiT steps", *PAIR),
-        table_line("the draw of 1,000 samples", last, *draws),
-        table_line("seed of the SiT", last, *sits_last),
-        table_line("seed of the SiT", compare, *sits),
-        table_line("seed of the VAE's tuning, one SiT each", compare, *one_sit),
-        table_line("seed of the VAE's tuning, mean of its SiTs", compare, *mean_sit),
+        *lines,
         "",
         f"Over VAE seeds, each with the mean of its SiTs: {', '.join(means)}. All are tuned from "
         "one `base`. Section 1 has the difference.",

@@ -107,29 +107,28 @@ class Results:
         values = self.values(vae, step)
         return float(np.mean(values)) if values else None
 
-    def over_vae_seeds(self, vae, sit_seed=None, step=None, variant="", suffix=""):
-        """One distance for each seed of the VAE: that of the SiT with this seed or, by default, the
-        mean over its SiTs. Seeds without such a value are left out.
+    def over_vae_seeds(self, vae, sit_seeds=None, step=None, variant="", suffix=""):
+        """One distance for each seed of the VAE: the mean over the SiTs with these seeds (default:
+        over all of its SiTs). Seeds of the VAE that lack one of them are left out.
 
         variant: what the names of the SiTs have after the VAE's.
         """
         distances = []
         for name in (vae, f"{vae}_s1", f"{vae}_s2"):
             by_seed = self.by_sit_seed(f"{name}{variant}", step, suffix=suffix)
-            if sit_seed is None and by_seed:
-                distances.append(float(np.mean(list(by_seed.values()))))
-            elif sit_seed in by_seed:
-                distances.append(by_seed[sit_seed])
+            wanted = by_seed if sit_seeds is None else sit_seeds
+            if by_seed and set(wanted) <= set(by_seed):
+                distances.append(float(np.mean([by_seed[seed] for seed in wanted])))
         return distances
 
-    def vae_seed_spread(self, step=None):
-        """How much the distance changes with the VAE's seed: (standard deviation, degrees of
-        freedom).
+    def vae_seed_spread(self, sit_seeds, step=None):
+        """How much the mean distance over the SiTs with these seeds changes with the VAE's seed:
+        (standard deviation, degrees of freedom).
 
-        Each VAE has one SiT, so this contains the spread over SiT seeds and draws. It is pooled
-        over `plain` and `send`; None if neither has other VAE seeds.
+        It contains the spread over SiT seeds and draws. It is pooled over `plain` and `send`; None
+        if neither has other VAE seeds.
         """
-        groups = [self.over_vae_seeds(vae, 0, step) for vae in ("plain", "send")]
+        groups = [self.over_vae_seeds(vae, sit_seeds, step) for vae in ("plain", "send")]
         groups = [group for group in groups if len(group) > 1]
         if not groups:
             return None

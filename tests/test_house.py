@@ -102,9 +102,9 @@ def test_functions_are_simple():
 
 COMMON = [
     "common.files",
-    "common.archives",
     "common.draws",
     "common.processes",
+    "common.archives",
     "common.contents",
     "common.flags",
     "common.pictures",
@@ -128,9 +128,9 @@ BASE = ["models", *COMMON]
 EVERYTHING = [*BASE, *CALLS, "demo", "probing", "study", "bench", "tools"]
 MAY_IMPORT = {
     "common.files": [],
-    "common.archives": ["common.files"],
     "common.draws": [],
     "common.processes": ["common.files"],
+    "common.archives": ["common.files", "common.processes"],
     "common.contents": ["common.files", "common.processes"],
     "common.flags": ["common.files", "common.processes"],
     "common.pictures": [

@@ -588,6 +588,21 @@ def test_report_counts_draw_sit_seeds_and_vae_seeds_separately(inside):
     assert "- missing: base" in text
 
 
+def test_the_spread_over_vae_seeds_is_of_means_over_the_sits_in_question(inside):
+    """Over the seeds of the VAE, SiT 0 has 1, 2, 3, and the mean of SiTs 0 and 1 has 1, 3, 5. The
+    third seed has no SiT 2."""
+    values = {"plain": (1, 1, 7), "plain_s1": (2, 4, 7), "plain_s2": (3, 7)}
+    write_runs(
+        {(vae, k, 100, ""): float(v) for vae, vs in values.items() for k, v in enumerate(vs)}
+    )
+    found = results.Results("out", (100,), 100)
+    assert found.vae_seed_spread({0}) == (pytest.approx(1), 2)
+    assert found.vae_seed_spread({0, 1}) == (pytest.approx(2), 2)
+    assert found.vae_seed_spread({2}) == (0, 1)
+    assert found.vae_seed_spread({3}) is None
+    assert found.over_vae_seeds("plain") == [3, pytest.approx(13 / 3), 5]
+
+
 def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
     mapper = dict(align="mapper", shuffle_targets=False, vfm_weights="net.safetensors")
     flags = {
