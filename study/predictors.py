@@ -211,6 +211,7 @@ def ifid_section(results, vaes, picture_path, link):
     if not measured:
         return [*lines, "Not measured yet.", ""]
     record = results.judged(f"{measured[0]}-ifid", "interpolation")
+    steps = sorted_steps(results)
     lines += [
         "After Xu et al. (arXiv 2603.05630): each of "
         f"{record['held out']:,} test pictures is joined with one of its {record['neighbours']} "
@@ -221,21 +222,14 @@ def ifid_section(results, vaes, picture_path, link):
         "biased upwards, but for all VAEs the reference is the same. Paper: Pearson about 0.85 "
         "between iFID and gFID over 13 published VAEs, where rFID fails.",
         "",
-        *table_head(
-            "VAE",
-            "iFID",
-            "rFID",
-            f"distance, step {results.compare_step}",
-            f"distance, step {results.last_step}",
-        ),
+        *table_head("VAE", "iFID", "rFID", *(f"distance, step {step}" for step in steps)),
     ]
     for vae in measured:
         line = table_line(
             vae,
             number(results.judged(f"{vae}-ifid", "ifid")),
             number(results.judged(f"{vae}-ifid", "rfid")),
-            mean_and_interval(results.values(vae)),
-            mean_and_interval(results.values(vae, results.last_step)),
+            *(mean_and_interval(results.values(vae, step)) for step in steps),
         )
         lines.append(line)
     lines.append("")

@@ -163,8 +163,7 @@ def introduction(args, results, vaes):
             "what the numbers may mean is written by hand."
         )
         compared += (
-            f" and, with the SiTs that were trained further, at step {results.last_step}; the "
-            "tables give the number of SiTs in brackets"
+            f" and at step {results.last_step}; the tables give the number of SiTs in brackets"
         )
     machine = provenance(results)
     # Remarks are about the full study.

@@ -544,7 +544,7 @@ def test_quick_report_has_section_1_costs_and_ifid_only(inside):
     text = page(quick=True, points=(100, 300))
     titles = [line[:5] for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## 1.", "## 9.", "## 14"]
-    assert "| send | 3 | 1 | 3 (1) | 3 (1) |" in text
+    assert "| send | 3 | 1 | 3 (1) |" in text
     assert os.path.exists("out/study.png")
     assert not os.listdir("docs")
     assert "The direction does not agree, but one seed gives no interval." in text
