@@ -864,7 +864,7 @@ def trained_twice(results):
     if recorded is None:
         return []
     lines = ["## 18. The same recipe, trained twice", ""]
-    rows = [*changed_measures(results), *changed_distances(results), *changed_pixel_probe(results)]
+    rows = [*changed_numbers(results), *changed_pixel_probe(results)]
     if not rows:
         return [*lines, "Not measured yet.", ""]
     return [
@@ -890,29 +890,19 @@ def trained_twice(results):
     ]
 
 
-def changed_measures(results):
-    names = next(iter(results.recorded["vaes"].values()))["measures"]
-    return [
-        row
-        for name in names
-        for row in changed_row(
-            name,
-            then={vae: entry["measures"][name] for vae, entry in results.recorded["vaes"].items()},
-            now=lambda vae, name=name: results.measures(vae)[name],
-        )
-    ]
-
-
-def changed_distances(results):
-    return [
-        row
-        for step in (results.compare_step, results.last_step)
-        for row in changed_row(
-            f"distance, classifier, step {step}",
-            then={vae: recorded_distance(results, vae, step) for vae in results.recorded["vaes"]},
-            now=lambda vae, step=step: results.mean_distance(vae, step),
-        )
-    ]
+def changed_numbers(results):
+    """The table lines of the measures and distances that the earlier training has, too."""
+    vaes = results.recorded["vaes"]
+    lines = []
+    for measure in next(iter(vaes.values()))["measures"]:
+        then = {vae: entry["measures"][measure] for vae, entry in vaes.items()}
+        now = {vae: results.measures(vae)[measure] for vae in vaes}
+        lines += changed_row(measure, then, now)
+    for step in (results.compare_step, results.last_step):
+        then = {vae: recorded_distance(results, vae, step) for vae in vaes}
+        now = {vae: results.mean_distance(vae, step) for vae in vaes}
+        lines += changed_row(f"distance, classifier, step {step}", then, now)
+    return lines
 
 
 def recorded_distance(results, vae, step):
@@ -922,14 +912,13 @@ def recorded_distance(results, vae, step):
 def changed_row(name, then, now):
     """The table line of one number, in a list that is empty if no VAE has it now.
 
-    then: {VAE: number}. now: a function from a VAE to its number or None.
+    then: {VAE: number}. now: {VAE: number or None}, of the same VAEs.
     """
-    found = {vae: now(vae) for vae in then}
-    known = [vae for vae in then if found[vae] is not None]
+    known = [vae for vae in then if now[vae] is not None]
     if not known:
         return []
     before = np.array([then[vae] for vae in known])
-    after = np.array([found[vae] for vae in known])
+    after = np.array([now[vae] for vae in known])
     changes = after - before
     largest = int(np.argmax(np.abs(changes)))
     enough = len(known) >= predictors.MIN_VAES_TO_CORRELATE
