@@ -92,8 +92,10 @@ def verdict(results, smaller, larger, paper_gfid, step):
     Of the intervals that exist the last one decides: over SiT seeds; then over VAE seeds or, for
     a VAE with one seed, from the spread over the main pair's seeds.
     """
-    a = results.values(smaller, step)
-    b = results.values(larger, step)
+    a_by_sit = results.by_sit_seed(smaller, step)
+    b_by_sit = results.by_sit_seed(larger, step)
+    a = list(a_by_sit.values())
+    b = list(b_by_sit.values())
     if not a or not b:
         return Verdict(f"- {smaller} against {larger} at step {step}: not measured yet.", True)
 
@@ -113,7 +115,7 @@ def verdict(results, smaller, larger, paper_gfid, step):
     a_seeds = results.over_vae_seeds(smaller, step=step)
     b_seeds = results.over_vae_seeds(larger, step=step)
     # The spread of means over as many SiTs as both have.
-    common_sits = results.by_sit_seed(smaller, step).keys() & results.by_sit_seed(larger, step)
+    common_sits = a_by_sit.keys() & b_by_sit.keys()
     spread = results.vae_seed_spread(common_sits, step) if common_sits else None
     if min(len(a_seeds), len(b_seeds)) > 1:
         deciding = welch(a_seeds, b_seeds)
@@ -820,7 +822,7 @@ def quick_page(args, results, vaes):
 def full_page(args, results, vaes):
     lines = introduction(args, results, vaes)
     for section_number in range(1, 13):
-        lines += [*own_section(results, vaes, section_number), *remark(section_number)]
+        lines += [*numbered_section(results, vaes, section_number), *remark(section_number)]
     lines += [*first_steps(results, args.early_points, args.early_rates), *remark(13)]
     lines += predictors.ifid_section(results, vaes, "docs/ifid.png", "docs/ifid.png")
     lines += remark(14)
@@ -837,7 +839,7 @@ def full_page(args, results, vaes):
     return [*lines, *attribute_table()]
 
 
-def own_section(results, vaes, section_number):
+def numbered_section(results, vaes, section_number):
     """One of the sections 1 to 12."""
     if section_number == 1:
         return main_comparison(results, "docs/study.png", "docs/study.png")
@@ -893,10 +895,11 @@ def trained_twice(results):
 def changed_numbers(results):
     """The table lines of the measures and distances that the earlier training has, too."""
     vaes = results.recorded["vaes"]
+    measures = {vae: results.measures(vae) for vae in vaes}
     lines = []
     for measure in next(iter(vaes.values()))["measures"]:
         then = {vae: entry["measures"][measure] for vae, entry in vaes.items()}
-        now = {vae: results.measures(vae)[measure] for vae in vaes}
+        now = {vae: measures[vae][measure] for vae in vaes}
         lines += changed_row(measure, then, now)
     for step in (results.compare_step, results.last_step):
         then = {vae: recorded_distance(results, vae, step) for vae in vaes}
@@ -939,7 +942,7 @@ def changed_pixel_probe(results):
     if not pixels:
         return []
     change = f"{pixels[0] - results.recorded['pixel_probe']:+.2g}"
-    return [table_line("class probe of pixels, without a VAE", "-", change, *"----")]
+    return [table_line("class probe of pixels, without a VAE", "-", change, "-", "-", "-", "-")]
 
 
 def differences_twice(results):
@@ -953,9 +956,10 @@ def differences_twice(results):
             continue
         cells = []
         for step in steps:
-            then = [recorded_distance(results, vae, step) for vae in (larger, smaller)]
-            now = [results.mean_distance(vae, step) for vae in (larger, smaller)]
-            cells += [f"{before - after:+.2f}" for before, after in (then, now)]
+            then = recorded_distance(results, larger, step)
+            then -= recorded_distance(results, smaller, step)
+            now = results.mean_distance(larger, step) - results.mean_distance(smaller, step)
+            cells += [f"{then:+.2f}", f"{now:+.2f}"]
         rows.append(table_line(f"{larger} - {smaller}", *cells))
     if not rows:
         return []

@@ -160,6 +160,14 @@ REMARKS = {
     "with REPA as without. A guess: 750 steps of a SiT with 4 million parameters are too few for "
     "a loss on its features to matter, and the teacher is a small CNN. Next: 2,000 steps and "
     "more, and REPA at another block.",
+    13: "Three SiTs each. Most of the early lag is the average, which still holds initial "
+    "weights; these hurt more on aligned latents. At a learning rate of 1e-3, drawn from "
+    "the average, `send` is behind by 15 at steps 100 and 200 and level at 400. Drawn from "
+    "the weights themselves it is behind by 3 at steps 100 and 200, which is undecided, and "
+    "ahead by 2.6 at 400, which is not. At 3e-4 everything comes later: from the average "
+    "`send` is still behind by 7.5 at step 400, and from the weights themselves nothing is "
+    "decided. `train_sit.py` warms its average up by default; the study does not. Next: the "
+    "same with that default.",
     14: "Among the VAEs of 16 channels from `base` or from scratch, iFID is 1.3 to 2.3 for the "
     "aligned ones and 2.5 to 4.0 for the others, and `weight0.1` and `vavae`, the aligned "
     "ones with the largest distances at step 2000, have the largest iFIDs. But iFID also "
@@ -201,14 +209,6 @@ REMARKS = {
     "best (0.54 of 0.59), and with DCI's completeness the best pair (0.49), but chosen anew "
     "nothing beats the mean at step 2000. Next: aligned VAEs that differ more, for instance "
     "in their teacher.",
-    13: "Three SiTs each. Most of the early lag is the average, which still holds initial "
-    "weights; these hurt more on aligned latents. At a learning rate of 1e-3, drawn from "
-    "the average, `send` is behind by 15 at steps 100 and 200 and level at 400. Drawn from "
-    "the weights themselves it is behind by 3 at steps 100 and 200, which is undecided, and "
-    "ahead by 2.6 at 400, which is not. At 3e-4 everything comes later: from the average "
-    "`send` is still behind by 7.5 at step 400, and from the weights themselves nothing is "
-    "decided. `train_sit.py` warms its average up by default; the study does not. Next: the "
-    "same with that default.",
     17: "`send` is better after 2,000 steps than `plain` after 5,000. The gap narrows from 3.07 "
     "to 1.96, or from 42% to 37%, while both improve. The controls stay with `plain`. The "
     "training was meant to go on to 20,000 steps. It ended with the time on the GPU, of "

@@ -544,7 +544,7 @@ def test_quick_report_has_section_1_costs_and_ifid_only(inside):
     text = page(quick=True, points=(100, 300))
     titles = [line[:5] for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## 1.", "## 9.", "## 14"]
-    assert "| send | 3 | 1 | 3 (1) |" in text
+    assert "| send | 3 | 1 | 3 (1) |\n" in text
     assert os.path.exists("out/study.png")
     assert not os.listdir("docs")
     assert "The direction does not agree, but one seed gives no interval." in text
@@ -603,7 +603,9 @@ def test_the_spread_over_vae_seeds_is_of_means_over_the_sits_in_question(inside)
     assert found.over_vae_seeds("plain") == [3, pytest.approx(13 / 3), 5]
 
 
-def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
+def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside, monkeypatch):
+    # A remark on the machine would follow its line.
+    monkeypatch.setattr(report, "REMARKS", {})
     mapper = dict(align="mapper", shuffle_targets=False, vfm_weights="net.safetensors")
     flags = {
         "plain": dict(align="none"),
@@ -621,7 +623,7 @@ def test_report_names_machine_and_date_and_which_vaes_are_aligned(inside):
         "random_teacher": "control",
     }
     assert (
-        "4 training runs: 2030-01-02 to 2030-01-02; a card; torch 9.9; commits abcdef0."
+        "4 training runs: 2030-01-02 to 2030-01-02; a card; torch 9.9; commits abcdef0.\n"
     ) in page()
     write_runs({("plain", 0, 300, ""): 3.0})
     assert "1 sets of samples, in fp32: 2030-01-02 to 2030-01-02; a card; torch 9.9" in page()
